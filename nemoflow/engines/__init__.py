@@ -1,0 +1,41 @@
+"""Engines: each turns (frozen stage, input artifacts, work directory) into a command, and its checkpoints into states.
+
+An engine is a module of this package, or any importable module given by its dotted name, with these members. It is
+imported by the main process and must stay light: no torch, no Megatron; those belong to the program it starts.
+
+    STARTS_FROM: "checkpoint" | "export"     what an `init` hands to it: its parent's checkpoint, or an HF export of it
+    REFUSED: dict[str, str]                  override -> why a recipe may not set it
+    def check(overrides, where)              raise NemoflowError for overrides it refuses or does not know
+    def outside(key) -> bool                 whether an override leaves the result unchanged, and so the identity too
+    def tokens_per_iteration(overrides) -> int | None
+    def schedule_horizon(overrides) -> int | None
+    def command(request: Path) -> list[str]  the program that trains what the request file says (nemoflow/training.py)
+    def states(checkpoints: Path) -> dict[int, Path]   complete checkpoints by iteration
+"""
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+from nemoflow.errors import NemoflowError
+
+
+def engine(name: str, where: str = "engine") -> ModuleType:
+    """The engine called `name`. Raises NemoflowError, starting with `where`, when there is none."""
+    try:
+        return importlib.import_module(name if "." in name else f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in (name, f"{__name__}.{name}"):
+            raise
+        known = sorted(m.name for m in pkgutil.iter_modules(__path__))
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}, or a module's dotted name"
+        raise NemoflowError(f"{where}: unknown engine {name!r}; {hint}") from None
+
+
+def refuse(overrides: dict, refused: dict[str, str], where: str) -> None:
+    """Raise NemoflowError for the first override that stands in `refused`, with the reason."""
+    for key in overrides:
+        if key in refused:
+            raise NemoflowError(f"{where}.{key}: a recipe cannot set this: {refused[key]}")

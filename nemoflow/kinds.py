@@ -1,0 +1,145 @@
+"""The kinds of artifact: what may stand in their payloads, their defaults, labels and inputs.
+
+A payload holds what defines a result and nothing else. A setting equal to its default is left out, so a new setting
+with a default changes no identity; hence a released default never changes (tests/test_kinds.py holds this table).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+TRAINED = ("pretrain", "sft", "rl")
+"""Kinds that are trajectories: their artifacts are states at-<N>."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of artifact.
+
+    defaults: settings left out of the payload when equal to these.
+    algorithm: raised by hand when the bytes this kind makes from the same payload change; 1 is left out of the payload.
+    label: payload -> readable part of the address; a pure function of the payload and its inputs' payloads.
+    """
+
+    label: Callable[[dict, Callable[[str], dict]], str]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    algorithm: int = 1
+
+
+def slug(text: str, limit: int = 48) -> str:
+    """`text` in the characters of an address: lower case letters, digits, dots and dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:limit].strip("-.") or "x"
+
+
+def _source(payload: dict, _: Callable) -> str:
+    if "generator" in payload:
+        return slug(payload["generator"])
+    return slug(f"{payload['format']}-{len(payload['files'])}-files")
+
+
+def _tokenizer(payload: dict, _: Callable) -> str:
+    return slug(f"bpe-{payload['vocab_size']}") if "vocab_size" in payload else "imported"
+
+
+def _shards(payload: dict, look: Callable) -> str:
+    return f"{_source(look(payload['source']), look)}-{_tokenizer(look(payload['tokenizer']), look)}"
+
+
+def _blend(payload: dict, look: Callable) -> str:
+    names = [_source(look(look(part["shards"])["source"]), look) for part in payload["parts"]]
+    return slug("-".join(names)) if len(names) < 4 else f"{len(names)}-sources"
+
+
+def _chats(payload: dict, look: Callable) -> str:
+    names = [_source(look(part["source"]), look) for part in payload["parts"]]
+    return slug("-".join([f"packed-{payload['pack_size']}", *names]))
+
+
+def _prompts(payload: dict, look: Callable) -> str:
+    return slug("-".join(_source(look(s), look) for s in payload["sources"]))
+
+
+def _megatron(payload: dict, _: Callable) -> str:
+    """The recipe function's model: nemotron_3_nano_pretrain_config -> nemotron-3-nano."""
+    name = payload.get("function") or payload["engine"]
+    return slug(re.sub(r"_(pretrain|sft|peft)(_config)?$", "", name.rpartition(".")[2]))
+
+
+def _rl(payload: dict, _: Callable) -> str:
+    return slug(payload["algorithm"])
+
+
+def _export(payload: dict, look: Callable) -> str:
+    trained = look(payload["of"]["trajectory"])
+    return f"{KINDS[trained['kind']].label(trained, look)}-{trained['kind']}-{payload['of']['at']}"
+
+
+KINDS: dict[str, Kind] = {
+    "source": Kind(_source, {"seed": 0, "field": "text", "args": {}}),
+    "tokenizer": Kind(_tokenizer, {"chat_template": "chatml"}),
+    "shards": Kind(
+        _shards, {"valid": "1/50", "test": "1/50", "text_field": "text", "append_eod": True, "max_broken": "1/1000"}
+    ),
+    "blend": Kind(_blend),
+    "chats": Kind(_chats, {"valid": "1/20", "seed": 0, "too_long": "drop", "max_broken": "1/1000"}),
+    "prompts": Kind(_prompts, {"valid": "1/20", "max_broken": "0"}),
+    "pretrain": Kind(_megatron, {"version": 1, "overrides": {}}),
+    "sft": Kind(_megatron, {"version": 1, "overrides": {}}),
+    "rl": Kind(_rl, {"version": 1, "overrides": {}}),
+    "hf_export": Kind(_export, {"dtype": "bfloat16"}),
+}
+
+
+def payload(kind: str, **settings: Any) -> dict:
+    """The payload of a stage of `kind`: its settings less those that equal their defaults or are None."""
+    defaults = KINDS[kind].defaults
+    kept = {k: v for k, v in settings.items() if v is not None and not (k in defaults and v == defaults[k])}
+    if KINDS[kind].algorithm != 1:
+        kept["algorithm_version"] = KINDS[kind].algorithm
+    return {"kind": kind, **kept}
+
+
+def complete(payload: dict) -> dict:
+    """The payload with every default written out, as the programs that make artifacts read it."""
+    return {**KINDS[payload["kind"]].defaults, **payload}
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A reference to an artifact: a stage, and for a trajectory the state `at`. `role` says what it is used for."""
+
+    role: str
+    identity: str
+    at: int | None = None
+
+
+def inputs(payload: dict) -> list[Ref]:
+    """The artifacts a stage consumes, in order; a role may stand several times."""
+    match payload["kind"]:
+        case "source":
+            return []
+        case "tokenizer":
+            return [Ref("sources", s) for s in payload.get("sources", [])]
+        case "shards":
+            return [Ref("source", payload["source"]), Ref("tokenizer", payload["tokenizer"])]
+        case "blend":
+            return [Ref("parts", part["shards"]) for part in payload["parts"]]
+        case "chats":
+            return [Ref("sources", part["source"]) for part in payload["parts"]] + [
+                Ref("tokenizer", payload["tokenizer"])
+            ]
+        case "prompts":
+            return [Ref("sources", s) for s in payload["sources"]]
+        case "pretrain" | "sft" | "rl":
+            found = [Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
+            init = payload.get("init", {})
+            if "export" in init:
+                found.append(Ref("model", init["export"]))
+            elif init:
+                found.append(Ref("init", init["from"], init["at"]))
+            return found
+        case "hf_export":
+            of = payload["of"]
+            return [Ref("state", of["trajectory"], of["at"]), Ref("tokenizer", payload["tokenizer"])]
+    raise ValueError(f"no such kind: {payload['kind']}")
