@@ -5,7 +5,6 @@ bulk hashing: sizes are compared, and only a file whose time stamp changed since
 """
 
 import glob
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,14 +66,15 @@ def write(name: str, directories: list[Path], store: Store, show: Callable[[str]
     cache, entries = StatCache(store), {}
     for key, pattern in wanted.items():
         root = Path(pattern)
-        paths = [str(p) for p in root.iterdir()] if root.is_dir() else glob.glob(pattern, recursive=True)
+        # glob.glob and not Path.glob: the pattern may be absolute
+        paths = [str(p) for p in root.iterdir()] if root.is_dir() else glob.glob(pattern, recursive=True)  # noqa: PTH207
         paths = sorted(p for p in paths if Path(p).is_file())
         if not paths:
             raise NemoflowError(f"{file}: {key}: no file matches {pattern!r} (from {Path.cwd()})")
         pinned = []
         for number, path in enumerate(paths, 1):
             show(f"{key}: {number}/{len(paths)} {path}")
-            pinned.append({"path": path, "size": os.path.getsize(path), "sha256": cache.digest(Path(path))})
+            pinned.append({"path": path, "size": Path(path).stat().st_size, "sha256": cache.digest(Path(path))})
         entries[key] = {"files": pinned, "pattern": pattern}
     cache.save()
     write_atomically(lock_file(file), dump({"schema": 1, "entries": entries}))

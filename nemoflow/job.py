@@ -1,0 +1,268 @@
+"""What every job does around its work: lock, attempt, log, record, seal.
+
+A job is a program in scripts/ started with a frozen stage. Its own standard output and error go to the artifact's
+attempts/N.log, libraries and all; people get one line at a time through `Job.say`.
+"""
+
+import argparse
+import contextlib
+import errno
+import importlib.metadata
+import inspect
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nemoflow import kinds
+from nemoflow.errors import NemoflowError
+from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
+from nemoflow.store import write_atomically as write
+from nemoflow.writer import Writer, writer
+
+DIGEST_CHECK_BYTES = 2**30
+"""Inputs up to this size are read again and compared with their digests before use: about a second. Larger ones are
+compared by file sizes; a deep check of those is asked for, not done by the way."""
+
+_PACKAGES = ("megatron-bridge", "megatron-core", "torch", "transformers", "trl", "tokenizers", "numpy", "pyarrow")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _revision() -> dict:
+    """The checkout's commit, and whether it had changes; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit, "dirty": bool(changes.strip())}
+
+
+def _versions() -> dict:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+class Job:
+    """A stage being worked on, with its lock held; `at` is the wanted state, for trained kinds."""
+
+    def __init__(self, stage: Stage, at: int | None, held: Writer, say: Callable[[str], None], terminal: int):
+        self.stage, self.at, self.held = stage, at, held
+        self._say, self.terminal = say, terminal
+        self.launch = read_json(p) if (p := stage.directory / "launch.json").exists() else {}
+        self.log = Path()
+
+    @property
+    def title(self) -> str:
+        """What people call it: the recipe's name for it, or its label."""
+        return self.launch.get("title") or f"{self.stage.kind} {self.stage.label}"
+
+    def say(self, text: str) -> None:
+        """Show one line to the person."""
+        self._say(f"{self.title}: {text}")
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Record an attempt in run.json, with its log; NemoflowErrors and surprises end it as failed."""
+        directory = self.stage.directory
+        run_file = directory / "run.json"
+        run = read_json(run_file) if run_file.exists() else {"attempts": []}
+        number = len(run["attempts"]) + 1
+        self.log = directory / "attempts" / f"{number}.log"
+        entry = {
+            "number": number,
+            "started": _now(),
+            "command": sys.argv,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "code": _revision(),
+            "versions": _versions(),
+            **({"at": self.at} if self.at is not None else {}),
+        }
+        run["attempts"].append(entry)
+        write(run_file, dump(run))
+        self.log.parent.mkdir(exist_ok=True)
+        begun = time.monotonic()
+        try:
+            with _output_to(self.log):
+                yield
+            entry["outcome"] = "done"
+        except BaseException as error:
+            entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
+            with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
+                file.write("".join(traceback.format_exception(error)))
+            raise
+        finally:
+            entry |= {"ended": _now(), "seconds": round(time.monotonic() - begun, 1)}
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
+                write(run_file, dump(run))
+
+    def input(self, role: str) -> Path | None:
+        """The directory of the input with this role; None when the stage has none."""
+        return next(iter(self.inputs().get(role, [])), None)
+
+    def inputs(self) -> dict[str, list[Path]]:
+        """Role -> directories of the finished input artifacts."""
+        found: dict[str, list[Path]] = {}
+        for ref in kinds.inputs(self.stage.payload):
+            found.setdefault(ref.role, []).append(self.stage.store.load(ref.identity).state(ref.at))
+        return found
+
+    def check_inputs(self) -> None:
+        """Compare the inputs with what was sealed. Raises NemoflowError naming the file that is missing or differs."""
+        for directory in (d for paths in self.inputs().values() for d in paths):
+            if not (directory / "sealed.json").exists():
+                raise NemoflowError(f"{directory}: is not finished (no sealed.json); run snakemake on the name again")
+            contents = read_json(directory / "sealed.json")["contents"]
+            deep = sum(c["size"] for c in contents) <= DIGEST_CHECK_BYTES
+            for entry in contents:
+                path = directory / entry["name"]
+                size = path.stat().st_size if path.exists() else None
+                wrong = (
+                    "is missing"
+                    if size is None
+                    else f"has {size} bytes, sealed with {entry['size']}"
+                    if size != entry["size"]
+                    else "has other bytes than it was sealed with"
+                    if deep and "sha256" in entry and file_digest(path) != entry["sha256"]
+                    else None
+                )
+                if wrong:
+                    raise NemoflowError(
+                        f"{path}: {wrong}; restore it, or delete {directory} to have this artifact made again"
+                    )
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Send this process's standard output and error, and its children's, to `log`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in zip(saved, (1, 2), strict=True):
+            os.dup2(number, descriptor)
+            os.close(number)
+
+
+def contents(directory: Path) -> list[dict]:
+    """Every file below `directory`: name, size in bytes, sha256; sorted by name."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return [
+        {"name": p.relative_to(directory).as_posix(), "size": p.stat().st_size, "sha256": file_digest(p)} for p in files
+    ]
+
+
+def build(make: Callable[..., dict]) -> Callable[[Job], None]:
+    """The work of a job of a flat kind: `make` writes into an empty directory, which is then taken over and sealed.
+
+    make(payload, inputs, out, progress) returns the artifact's measures; `inputs` maps a role to a directory, or to a
+    list of them where the role is in the plural. A `make` with a parameter `lineage` gets the sealed records of all
+    ancestors, inputs before what consumes them.
+    """
+
+    def work(job: Job) -> None:
+        stage, partial = job.stage, job.stage.directory / "partial"
+        job.check_inputs()
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        inputs = {role: paths if role.endswith("s") else paths[0] for role, paths in job.inputs().items()}
+        if "paths" in job.launch:
+            inputs["files"] = [Path(p) for p in job.launch["paths"]]
+        more = {}
+        if "lineage" in inspect.signature(make).parameters:
+            upstream = [(s, n) for s, n in stage.store.ancestors(stage.identity) if s is not stage]
+            more["lineage"] = [s.sealed(n) for s, n in upstream]
+        measures = make(kinds.complete(stage.payload), inputs, partial, job.say, **more)
+        made = contents(partial)
+        for path in sorted(partial.iterdir()):
+            target = stage.directory / path.name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)  # left by an attempt that died before it sealed
+            path.replace(target)
+        partial.rmdir()
+        seal(stage, None, measures, made)
+
+    return work
+
+
+def _summary(record: dict) -> str:
+    """What a sealed record measures, in a few words."""
+    shown = {k: v for k, v in record["measures"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in shown.items())
+
+
+def run(work: Callable[[Job], None], description: str, argv: list[str] | None = None) -> None:
+    """The main function of every script: do `work` for the frozen stage of the command line, once.
+
+    Exits 0 when the artifact is sealed, whoever sealed it; 1 after one clear message. Never returns half-done work.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--stage", type=Path, required=True, help="the frozen stage, STORE/.stages/IDENTITY.json")
+    parser.add_argument("--at", type=int, help="the state wanted, for pretrain, sft and rl")
+    parser.add_argument("--log", type=Path, help="where a short copy of the newest attempt's log goes")
+    args = parser.parse_args(argv)
+    terminal = os.dup(2)
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(terminal, (text + "\n").encode())
+
+    job = None
+    try:
+        stage = Store(args.stage.parent.parent).load(args.stage.stem)
+        if stage.trained != (args.at is not None):
+            raise NemoflowError(f"--at: {'is missing' if stage.trained else f'{stage.kind} has no states'}")
+        name = f"{stage.kind} {stage.label}"
+        with writer(stage.directory, lambda text: say(f"{name}: {text}")) as held:
+            job = Job(stage, args.at, held, say, terminal)
+            remove_stale_temporaries(stage.directory)
+            if (record := stage.sealed(args.at)) is None:
+                begun = time.monotonic()
+                with job.attempt():
+                    work(job)
+                record = stage.sealed(args.at)
+                if record is None:
+                    raise NemoflowError(f"{stage.state(args.at)}: the job ended without sealing its artifact")
+                job.say(f"done in {time.monotonic() - begun:.0f} s: {_summary(record)}")
+            publish(stage.state(args.at))
+    except NemoflowError as error:
+        _fail(say, job, str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _fail(say, job, f"unexpected {type(error).__name__}: {error}")
+        _fail(say, job, f"no space left where {error.filename or args.stage.parent.parent} is; free some and run again")
+    except Exception as error:
+        _fail(say, job, f"unexpected {type(error).__name__}: {error}")
+    finally:
+        if args.log and job and job.log.is_file():
+            with contextlib.suppress(OSError):
+                tail = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
+                args.log.parent.mkdir(parents=True, exist_ok=True)
+                write(args.log, "\n".join([f"the end of {job.log}:", *tail, ""]))
+
+
+def _fail(say: Callable[[str], None], job: Job | None, message: str) -> None:
+    where = f" (log: {job.log})" if job and job.log.is_file() else ""
+    say(f"nemoflow: error: {f'{job.title}: ' if job else ''}{message}{where}")
+    raise SystemExit(1)

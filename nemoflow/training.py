@@ -1,0 +1,272 @@
+"""The driver of a trajectory: resume or start the trainer, show its progress, seal the states it reached.
+
+The trainer is a child process that an engine's `command` starts with a request file. The driver never trusts its exit
+code: a state is reached when its checkpoint is complete, and it is done when it is sealed.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+from nemoflow.engines import engine
+from nemoflow.errors import NemoflowError
+from nemoflow.job import Job
+from nemoflow.store import dump, read_json, seal
+from nemoflow.store import write_atomically as write
+
+POLL_SECONDS = 0.2
+SHOW_SECONDS = 10
+"""At most one progress line in this time."""
+
+ERROR_PREFIX = "nemoflow: error: "
+"""How a trainer marks the one line that says what went wrong."""
+
+
+def metrics(path: Path) -> dict[int, dict]:
+    """Iteration -> its measurements. Lines written again after a resume supersede the earlier ones."""
+    found: dict[int, dict] = {}
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break  # being written, or cut off by a kill
+                entry = json.loads(line)
+                found[entry["iteration"]] = found.get(entry["iteration"], {}) | entry
+    return found
+
+
+def measures(found: dict[int, dict], start: int, at: int) -> dict:
+    """What a state at iteration `at` measures: tokens, first and last losses or rewards.
+
+    `reward_first` and `reward` are means over the first and the last tenth of the steps so far.
+    """
+    steps = [found[n] for n in sorted(found) if start <= n <= at]
+    trained = [s for s in steps if "loss" in s]
+    result: dict = {"iterations": at - start}
+    if trained:
+        result["loss"] = trained[-1]["loss"]
+        if "tokens" in trained[-1]:
+            result["tokens"] = trained[-1]["tokens"]
+    if valid := [s["valid_loss"] for s in steps if "valid_loss" in s]:
+        result |= {"valid_loss_first": valid[0], "valid_loss": valid[-1]}
+    if rewards := [s["reward"] for s in steps if "reward" in s]:
+        tenth = max(1, len(rewards) // 10)
+        result |= {"reward_first": sum(rewards[:tenth]) / tenth, "reward": sum(rewards[-tenth:]) / tenth}
+    return result
+
+
+class Trajectory:
+    """A training stage's run directory, with the lock held."""
+
+    def __init__(self, job: Job):
+        self.job, self.stage, self.directory = job, job.stage, job.stage.directory
+        self.payload = job.stage.payload
+        self.engine = engine(self.payload["engine"])
+        self.checkpoints = self.directory / "checkpoints"
+        self.metrics = self.directory / "metrics.jsonl"
+        init = self.payload.get("init", {})
+        self.start = init.get("at", 0) if init.get("carry") == "all" else 0
+
+    def wanted(self) -> list[int]:
+        """The states that any recipe ever asked for, and the one this job is for."""
+        asked = {int(p.name) for p in (self.directory / "wanted").glob("*") if p.name.isdigit()}
+        return sorted(asked | {self.job.at})
+
+    def request(self) -> dict:
+        """What the trainer is told; every path absolute."""
+        payload, launch = self.payload, self.job.launch
+        data = self.job.input("data").resolve()
+        request = {
+            "kind": payload["kind"],
+            "function": payload.get("function"),
+            "algorithm": payload.get("algorithm"),
+            "overrides": payload.get("overrides", {}) | launch.get("overrides", {}),
+            "tokenizer": str(self.job.input("tokenizer").resolve()),
+            "init": None,
+            "start": self.start,
+            "horizon": payload["horizon"],
+            "stop": self.job.at,
+            "wanted": self.wanted(),
+            "wanted_directory": str((self.directory / "wanted").resolve()),
+            "save_interval": launch.get("save_interval") or payload["horizon"],
+            "checkpoints": str(self.checkpoints.resolve()),
+            "cache": str((self.directory / "cache").resolve()),
+            "metrics": str(self.metrics.resolve()),
+            "config": str((self.directory / "config").resolve()),
+        }
+        match payload["kind"]:
+            case "pretrain":
+                blend = read_json(data / "blend.json")
+                request["data"] = {
+                    split: [[str((data / prefix).resolve()), float(Fraction(weight))] for prefix, weight in parts]
+                    for split, parts in blend.items()
+                }
+            case "sft":
+                size = self.job.stage.store.load(payload["data"]).payload["pack_size"]
+                valid = data / "validation.idx.parquet"
+                request["data"] = {
+                    "train": str(data / "training.idx.parquet"),
+                    "valid": str(valid) if valid.exists() else None,
+                    "pack_size": size,
+                }
+            case "rl":
+                request["prompts"] = str(data)
+        if state := self.job.input("init"):
+            init = payload["init"]
+            request["init"] = {
+                "checkpoint": str((state / "checkpoint").resolve()),
+                "at": init["at"],
+                "carry": init["carry"],
+            }
+        if model := self.job.input("model"):
+            request["model"] = str(model.resolve())
+        return request
+
+    def seal(self) -> None:
+        """Seal every wanted state whose checkpoint is complete, up to the one asked for."""
+        complete = self.engine.states(self.checkpoints)
+        found = metrics(self.metrics)
+        for n in self.wanted():
+            directory = self.stage.state(n)
+            if n not in complete or (directory / "sealed.json").exists():
+                continue
+            directory.mkdir(parents=True, exist_ok=True)
+            link = directory / "checkpoint"
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(complete[n], directory))
+            files = [
+                {"name": f"checkpoint/{p.relative_to(complete[n]).as_posix()}", "size": p.stat().st_size}
+                for p in sorted(complete[n].rglob("*"))
+                if p.is_file()
+            ]
+            seal(self.stage, n, measures(found, self.start, n), files)
+
+    def train(self) -> None:
+        """Run the trainer until the wanted state's checkpoint is complete. Raises NemoflowError when it is not."""
+        job, at = self.job, self.job.at
+        complete = self.engine.states(self.checkpoints)
+        if at in complete:
+            return
+        reached = max(complete, default=self.start)
+        if reached > at:
+            kept = sorted(n for n in complete if n > self.start)
+            raise NemoflowError(
+                f"until: {at}: this trajectory has passed it, at {reached}, and kept {', '.join(map(str, kept))}; "
+                "choose one of these, or raise the stage's `version:` to train it anew"
+            )
+        job.check_inputs()
+        self.checkpoints.mkdir(exist_ok=True)
+        request = self.directory / "request.json"
+        write(request, dump(self.request()))
+        span = f"iteration {reached} of {at}"
+        job.say(f"{'resumes at ' if complete else 'starts at '}{span}; log {job.log}")
+        command = self.engine.command(request.resolve())
+        code = self._run(command, reached)
+        if at in self.engine.states(self.checkpoints):
+            return
+        if code == 0:
+            raise NemoflowError(f"the trainer ended without error before iteration {at}, and without its checkpoint")
+        raise NemoflowError(_reason(job.log) or f"the trainer failed with exit code {code}")
+
+    def _run(self, command: list[str], reached: int) -> int:
+        """The exit code of the trainer; it dies with this process, on an interrupt too."""
+        checkout = str(Path(__file__).resolve().parents[1])  # jobs in containers have no nemoflow installed
+        path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
+        print("$", *command, flush=True)
+        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
+        self.job.held.add_process(child.pid)
+        with _ending(child):
+            progress = _Progress(self, reached)
+            while (code := child.poll()) is None:
+                time.sleep(POLL_SECONDS)
+                progress.show()
+            return code
+
+
+@contextlib.contextmanager
+def _ending(child: subprocess.Popen) -> Iterator[None]:
+    """End the child when this process is told to end."""
+
+    def stop(number, _frame):
+        child.terminate()
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+class _Progress:
+    """Follows metrics.jsonl, and says now and then where the training is and how long it will take."""
+
+    def __init__(self, trajectory: Trajectory, reached: int):
+        self.job, self.path = trajectory.job, trajectory.metrics
+        self.first = self.seen = reached
+        self.position = self.path.stat().st_size if self.path.exists() else 0
+        self.begun: float | None = None
+        self.shown = time.monotonic()
+
+    def show(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        if not whole:
+            return
+        self.position += len(whole)
+        entries = [json.loads(line) for line in whole.splitlines()]
+        trained = [e for e in entries if "loss" in e or "reward" in e]
+        if not trained:
+            return
+        entry, now = trained[-1], time.monotonic()
+        self.seen = entry["iteration"]
+        if self.begun is None:  # the first iteration carries the start-up cost, so time counts from its end
+            self.begun, self.first = now, self.seen
+            return
+        if now - self.shown < SHOW_SECONDS or self.seen == self.first:
+            return
+        self.shown = now
+        left = (now - self.begun) / (self.seen - self.first) * (self.job.at - self.seen)
+        values = ", ".join(f"{k} {entry[k]:.3f}" for k in ("loss", "reward") if isinstance(entry.get(k), float))
+        minutes, seconds = divmod(round(left), 60)
+        self.job.say(f"iteration {self.seen} of {self.job.at}, {values}, {minutes}:{seconds:02d} left")
+
+
+def _reason(log: Path) -> str | None:
+    """The line in which the trainer said what went wrong; its last one when it only left a traceback."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    if said:
+        return said[-1].removeprefix(ERROR_PREFIX)
+    last = next((line for line in reversed(lines) if line.strip()), None)
+    return f"the trainer failed: {last.strip()}" if last else None
+
+
+def train(job: Job) -> None:
+    """The work of a pretrain, sft or rl job: reach the state, and seal all wanted states up to it."""
+    free = shutil.disk_usage(job.stage.directory).free
+    if free == 0:
+        raise NemoflowError(f"no space left where {job.stage.directory} is; free some and run again")
+    trajectory = Trajectory(job)
+    try:
+        trajectory.train()
+    finally:
+        trajectory.seal()  # also states passed before a failure
