@@ -1,0 +1,221 @@
+"""Kind `source`, written by a program: the standard library's documentation, chats about it, and sums.
+
+The texts come from the interpreter that runs this, hence the payload names its exact version. Each generator is a
+function of its arguments and the seed; its signature lists the arguments and their defaults, which never change once
+released, since only what a recipe writes is in the identity.
+"""
+
+import hashlib
+import importlib
+import inspect
+import platform
+import random
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from nemoflow.data.rows import Shards, dump
+from nemoflow.errors import NemoflowError
+
+MODULES = """
+abc aifc argparse array ast asyncio.base_events asyncio.events asyncio.futures asyncio.locks asyncio.queues
+asyncio.runners asyncio.streams asyncio.subprocess asyncio.tasks asyncio.timeouts asyncio.transports atexit base64 bdb
+binascii bisect builtins cProfile calendar chunk cmath cmd code codecs codeop collections collections.abc colorsys
+compileall concurrent.futures concurrent.futures.process concurrent.futures.thread configparser contextlib contextvars
+copy csv dataclasses datetime decimal difflib dis doctest email.charset email.contentmanager email.feedparser
+email.generator email.header email.headerregistry email.message email.mime.audio email.mime.base email.mime.image
+email.mime.text email.parser email.policy email.utils enum errno faulthandler filecmp fileinput fnmatch fractions
+ftplib functools gc genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser http
+http.client http.cookiejar http.cookies http.server imaplib importlib.abc importlib.machinery importlib.metadata
+importlib.resources importlib.util inspect io ipaddress itertools json json.decoder json.encoder keyword linecache
+logging logging.config logging.handlers mailbox marshal math mimetypes modulefinder multiprocessing.connection
+multiprocessing.context multiprocessing.managers multiprocessing.pool multiprocessing.queues
+multiprocessing.shared_memory multiprocessing.synchronize netrc ntpath numbers operator optparse pathlib pdb pickle
+pickletools pipes pkgutil platform plistlib poplib posixpath pprint profile pstats py_compile pyclbr pydoc queue
+quopri random re reprlib runpy sched secrets selectors shelve shlex shutil smtplib socketserver statistics string
+stringprep struct symtable tabnanny tarfile telnetlib tempfile textwrap threading time timeit token tokenize trace
+traceback tracemalloc types typing unicodedata unittest.async_case unittest.case unittest.loader unittest.main
+unittest.mock unittest.result unittest.runner unittest.suite urllib.error urllib.parse urllib.request urllib.response
+urllib.robotparser uuid venv warnings wave weakref wsgiref.handlers wsgiref.headers wsgiref.simple_server wsgiref.util
+wsgiref.validate xdrlib xml.dom.expatbuilder xml.dom.minidom xml.dom.pulldom xml.etree.ElementTree xml.sax.expatreader
+xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client xmlrpc.server zipapp zipfile zipimport zlib zoneinfo
+"""
+"""The modules whose documentation is read: those that every build on every system has, that do nothing when imported
+and whose members do not depend on the operating system (hence neither os nor socket, neither ssl nor tkinter)."""
+
+_HEADING = re.compile(r'\n(?=\S[^\n]*\n([*=\-~^"])\1{2,}\n)')
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_PHRASINGS = (
+    "What does {name} do?",
+    "What is {name} for?",
+    "Explain {name}.",
+    "Describe {name} in a few words.",
+    "Tell me about {name} in Python.",
+)
+_SUM = "What is {a} + {b}?"
+
+
+def _documented(module: types.ModuleType) -> Iterator[tuple[str, str]]:
+    """Qualified name and docstring of a module, its public classes and functions, and their public methods."""
+    yield module.__name__, module.__doc__
+    package = module.__name__.partition(".")[0]
+    for name, value in sorted(vars(module).items()):
+        home = (getattr(value, "__module__", None) or package).partition(".")[0].lstrip("_")
+        if name.startswith("_") or home != package or not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        yield f"{module.__name__}.{name}", value.__doc__
+        if inspect.isclass(value):
+            for member, method in sorted(vars(value).items()):
+                if not member.startswith("_") and (
+                    inspect.isroutine(method) or isinstance(method, classmethod | staticmethod | property)
+                ):
+                    yield f"{module.__name__}.{name}.{member}", method.__doc__
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    """(qualified name, cleaned docstring) of everything in MODULES, each text once, in the order of MODULES.
+
+    Raises NemoflowError when the interpreter was started without docstrings.
+    """
+    if sys.flags.optimize > 1:
+        raise NemoflowError("Python runs with -OO or PYTHONOPTIMIZE=2 and has no docstrings; start it without")
+    seen = set()
+    for module in MODULES.split():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            imported = importlib.import_module(module)
+        for name, doc in _documented(imported):
+            # Docstrings made up from values can hold addresses, which differ from run to run.
+            if isinstance(doc, str) and not _ADDRESS.search(doc):
+                text = inspect.cleandoc(doc).strip()
+                if len(text) >= 20 and text not in seen:
+                    seen.add(text)
+                    yield name, text
+
+
+def stdlib_topics(seed: int) -> Iterator[dict]:
+    """The language reference as pydoc ships it (`help("if")`), one section a document."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    sections = []
+    for _, text in sorted(topics.items()):
+        cuts = [0, *(match.end() for match in _HEADING.finditer(text)), len(text)]
+        sections += [text[start:end].strip() for start, end in pairwise(cuts)]
+    documents = [{"text": text + "\n"} for text in dict.fromkeys(sections) if text]
+    random.Random(seed).shuffle(documents)
+    yield from documents
+
+
+def stdlib_docstrings(seed: int) -> Iterator[dict]:
+    """The docstrings of the standard library, one a document, headed by the object's name."""
+    documents = [{"text": f"{name}\n\n{text}\n"} for name, text in _docstrings()]
+    random.Random(seed).shuffle(documents)
+    yield from documents
+
+
+def stdlib_chats(seed: int, *, max_chars: int = 300) -> Iterator[dict]:
+    """A question about each documented object, answered by the first paragraph of its docstring.
+
+    An answer longer than `max_chars` characters is cut after the last sentence that fits; when none fits, the object
+    is left out. The wording of a question is chosen by a hash of the seed and the name.
+    """
+    chats = []
+    for name, text in _docstrings():
+        paragraph = " ".join(text.partition("\n\n")[0].split())
+        if len(paragraph) > max_chars:
+            paragraph = paragraph[: paragraph.rfind(". ", 0, max_chars) + 1]
+        if len(paragraph) < 20:
+            continue
+        choice = hashlib.sha256(f"{seed} {name}".encode()).digest()[0] % len(_PHRASINGS)
+        chats.append(_chat(_PHRASINGS[choice].format(name=name), paragraph))
+    random.Random(seed).shuffle(chats)
+    yield from chats
+
+
+def arithmetic_chats(seed: int, *, count: int = 2000, max_operand: int = 9) -> Iterator[dict]:
+    """`count` chats that ask for the sum of two numbers from 0 to `max_operand` and answer with it.
+
+    Every pair is asked once, in random order, before any pair is asked again.
+    """
+    for a, b in _pairs(seed, count, max_operand):
+        yield _chat(_SUM.format(a=a, b=b), str(a + b))
+
+
+def arithmetic_rl(seed: int, *, count: int = 100, max_operand: int = 9) -> Iterator[dict]:
+    """`count` rows in NeMo-Gym's layout, with the questions of `arithmetic_chats`: a prompt, the agent that answers
+    it, and what the verifier of that agent compares the answer with."""
+    for a, b in _pairs(seed, count, max_operand):
+        question = _SUM.format(a=a, b=b)
+        yield {
+            "responses_create_params": {"input": [{"role": "user", "content": question}]},
+            "agent_ref": {"type": "responses_api_agents", "name": "math_with_judge_simple_agent"},
+            "question": question,
+            "expected_answer": str(a + b),
+        }
+
+
+def _chat(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _pairs(seed: int, count: int, max_operand: int) -> Iterator[tuple[int, int]]:
+    """`count` pairs of operands in passes over all (max_operand + 1)**2 pairs, each pass shuffled anew."""
+    order = random.Random(seed)
+    pairs = [(a, b) for a in range(max_operand + 1) for b in range(max_operand + 1)]
+    for number in range(count):
+        if number % len(pairs) == 0:
+            order.shuffle(pairs)
+        yield pairs[number % len(pairs)]
+
+
+GENERATORS: dict[str, Callable[..., Iterator[dict]]] = {
+    generator.__name__: generator
+    for generator in (stdlib_topics, stdlib_docstrings, stdlib_chats, arithmetic_chats, arithmetic_rl)
+}
+
+
+def arguments(name: str) -> dict[str, int]:
+    """The arguments of a generator with their defaults."""
+    parameters = inspect.signature(GENERATORS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_arguments(name: str, args: dict) -> None:
+    """Raise NemoflowError when generator `name` or one of its arguments is unknown, or no positive integer."""
+    if name not in GENERATORS:
+        raise NemoflowError(f"generator: {name!r} is unknown; known: {', '.join(sorted(GENERATORS))}")
+    known = arguments(name)
+    for key, value in args.items():
+        if key not in known:
+            takes = ", ".join(known) or "no arguments"
+            raise NemoflowError(f"generator {name}: args.{key} is unknown; it takes {takes}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise NemoflowError(f"generator {name}: args.{key}: {value!r} is not a positive integer")
+
+
+def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
+    """Write the source of `payload`: {"generator", "args", "seed", "shards", "python"} or the local files it lists.
+
+    Returns {"documents", "bytes"}: rows, and bytes of the shard files.
+
+    Raises NemoflowError when this interpreter is not the one named in the payload.
+    """
+    if "files" in payload:
+        from nemoflow.data import local
+
+        return local.make(payload, inputs, out, progress)
+    name = payload["generator"]
+    check_arguments(name, payload["args"])
+    if payload["python"] != platform.python_version():
+        raise NemoflowError(
+            f"source {name}: this is Python {platform.python_version()}, the stage is defined by the documentation "
+            f"of Python {payload['python']}; run it with that one, or plan it anew with this one"
+        )
+    with Shards(out, payload["shards"]) as shards:
+        for row in GENERATORS[name](payload["seed"], **payload["args"]):
+            shards.write(dump(row))
+    progress(f"{name}: {shards.rows:,} documents, {shards.bytes / 1e6:.2f} MB in {payload['shards']} shards")
+    return {"documents": shards.rows, "bytes": shards.bytes}
