@@ -29,23 +29,23 @@ compileall concurrent.futures concurrent.futures.process concurrent.futures.thre
 copy csv dataclasses datetime decimal difflib dis doctest email.charset email.contentmanager email.feedparser
 email.generator email.header email.headerregistry email.message email.mime.audio email.mime.base email.mime.image
 email.mime.text email.parser email.policy email.utils enum errno faulthandler filecmp fileinput fnmatch fractions
-ftplib functools gc genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser http
-http.client http.cookiejar http.cookies http.server imaplib importlib.abc importlib.machinery importlib.metadata
+ftplib functools gc genericpath getopt getpass gettext glob graphlib gzip heapq hmac html html.parser http http.client
+http.cookiejar http.cookies http.server imaplib importlib.abc importlib.machinery importlib.metadata
 importlib.resources importlib.util inspect io ipaddress itertools json json.decoder json.encoder keyword linecache
 logging logging.config logging.handlers mailbox marshal math mimetypes modulefinder multiprocessing.connection
 multiprocessing.context multiprocessing.managers multiprocessing.pool multiprocessing.queues
 multiprocessing.shared_memory multiprocessing.synchronize netrc ntpath numbers operator optparse pathlib pdb pickle
 pickletools pipes pkgutil platform plistlib poplib posixpath pprint profile pstats py_compile pyclbr pydoc queue
 quopri random re reprlib runpy sched secrets selectors shelve shlex shutil smtplib socketserver statistics string
-stringprep struct symtable tabnanny tarfile telnetlib tempfile textwrap threading time timeit token tokenize trace
+stringprep struct symtable tabnanny tarfile telnetlib tempfile textwrap threading timeit token tokenize trace
 traceback tracemalloc types typing unicodedata unittest.async_case unittest.case unittest.loader unittest.main
 unittest.mock unittest.result unittest.runner unittest.suite urllib.error urllib.parse urllib.request urllib.response
 urllib.robotparser uuid venv warnings wave weakref wsgiref.handlers wsgiref.headers wsgiref.simple_server wsgiref.util
 wsgiref.validate xdrlib xml.dom.expatbuilder xml.dom.minidom xml.dom.pulldom xml.etree.ElementTree xml.sax.expatreader
 xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client xmlrpc.server zipapp zipfile zipimport zlib zoneinfo
 """
-"""The modules whose documentation is read: those that every build on every system has, that do nothing when imported
-and whose members do not depend on the operating system (hence neither os nor socket, neither ssl nor tkinter)."""
+"""The modules whose documentation is read. Left out: what does something when imported, what differs between systems
+(os, socket, time, ...) and what a build of Python may lack (tkinter, curses, sqlite3, ...)."""
 
 _HEADING = re.compile(r'\n(?=\S[^\n]*\n([*=\-~^"])\1{2,}\n)')
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -16,7 +16,7 @@ _CHUNK = 1 << 20
 
 
 def check_file(entry: dict, path: Path) -> None:
-    """Verify a local file against its lock entry {"path", "size", "sha256"}.
+    """Verify a local file against its lock entry {"size", "sha256"}.
 
     Raises NemoflowError naming file and way out when it is missing, unreadable or has changed.
     """
@@ -47,9 +47,13 @@ def _parquet(path: Path, field: str) -> Iterator[bytes]:
     file = pq.ParquetFile(path)
     if field not in file.schema_arrow.names:
         raise NemoflowError(f"{path}: no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(batch_size=1000, columns=[field]):
-        for value in batch.column(0).to_pylist():
-            yield dump({_row_key(field): value})
+    try:
+        for batch in file.iter_batches(batch_size=1000, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                yield dump({_row_key(field): value})
+    except TypeError:
+        type_ = file.schema_arrow.field(field).type
+        raise NemoflowError(f"{path}: column {field!r} holds {type_}, which is neither text nor chats") from None
 
 
 def _json_lines(path: Path, format_: str, field: str) -> Iterator[bytes]:
@@ -71,7 +75,7 @@ def _row_key(field: str) -> str:
 def _renamed(line: bytes, field: str) -> bytes:
     try:
         row = json.loads(line.decode())
-        return dump({_row_key(field): row.pop(field), **row})
+        return dump({**row, _row_key(field): row.pop(field)})
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return line  # broken: for the consumer to count
 
@@ -92,7 +96,7 @@ def _lines(path: Path, format_: str, field: str) -> Iterator[bytes]:
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
     """Write the shards of a source of local files, rows dealt out in turn in the order of the files.
 
-    `payload` is {"files": [{"path", "size", "sha256"}], "format", "field", "shards"}; inputs["files"] are the files in
+    `payload` is {"files": [{"size", "sha256"}], "format", "field", "shards"}; inputs["files"] are the files in
     the same order. Returns {"documents", "bytes"}: rows, and bytes of the shard files.
 
     Raises NemoflowError for a missing or changed file, an unreadable one, and when all files are empty.
@@ -102,8 +106,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
             check_file(entry, path)
             for line in _lines(path, payload["format"], payload["field"]):
                 shards.write(line)
-            progress(f"{entry['path']}: {shards.rows:,} rows so far")
+            progress(f"{path.name}: {shards.rows:,} rows so far")
     if not shards.rows:
-        names = ", ".join(entry["path"] for entry in payload["files"])
+        names = ", ".join(map(str, inputs["files"]))
         raise NemoflowError(f"{names}: no rows here; the corpus is empty")
     return {"documents": shards.rows, "bytes": shards.bytes}

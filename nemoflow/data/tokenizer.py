@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -132,7 +133,7 @@ def _train(payload: dict, sources: list[Path], progress: Callable[[str], None]) 
         show_progress=False,
     )
     broken = Broken()
-    seen = {"documents": 0, "bytes": 0}
+    seen: dict[str, Any] = {"documents": 0, "bytes": 0}
 
     def counted() -> Iterator[str]:
         for text in _corpus(sources, broken):
@@ -147,6 +148,7 @@ def _train(payload: dict, sources: list[Path], progress: Callable[[str], None]) 
             f"tokenizer: vocab_size: {payload['vocab_size']} asked for, but {seen['documents']:,} documents "
             f"({seen['bytes']:,} bytes) give only {size}; train on more text or lower vocab_size"
         )
+    seen["broken"] = broken.measures()
     progress(f"tokenizer: {size:,} tokens from {seen['documents']:,} texts, {seen['bytes'] / 1e6:.2f} MB")
     return engine, seen
 
@@ -155,9 +157,10 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which AutoTokenizer.from_pretrained reads.
 
     `payload` is {"vocab_size", "chat_template": name of a template} with inputs["sources"] to train on, or {"files":
-    [{"path", "size", "sha256"}]} with inputs["files"], which are verified and copied.
+    [{"size", "sha256"}]} with inputs["files"], which are verified and copied.
 
-    Returns {"vocab_size", "eod", "pad", "control_strings"} and for a trained one "trained_on" {"documents", "bytes"}.
+    Returns {"vocab_size", "eod", "pad", "control_strings"} and for a trained one "trained_on": {"documents",
+    "bytes", "broken": lines that are no JSON object, by reason}.
 
     Raises NemoflowError when the sources are too small for the vocabulary or no tokenizer is in the files.
     """
