@@ -1,6 +1,6 @@
 """Engines: each turns (frozen stage, input artifacts, work directory) into a command, and its checkpoints into states.
 
-An engine is a module of this package, or any importable module given by its dotted name, with these members. It is
+An engine is a module of this package, or any importable module, with these members. It is
 imported by the main process and must stay light: no torch, no Megatron; those belong to the program it starts.
 
     STARTS_FROM: "checkpoint" | "export"     what an `init` hands to it: its parent's checkpoint, or an HF export of it
@@ -23,15 +23,16 @@ from nemoflow.errors import NemoflowError
 
 def engine(name: str, where: str = "engine") -> ModuleType:
     """The engine called `name`. Raises NemoflowError, starting with `where`, when there is none."""
-    try:
-        return importlib.import_module(name if "." in name else f"{__name__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in (name, f"{__name__}.{name}"):
-            raise
-        known = sorted(m.name for m in pkgutil.iter_modules(__path__))
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}, or a module's dotted name"
-        raise NemoflowError(f"{where}: unknown engine {name!r}; {hint}") from None
+    for module in (f"{__name__}.{name}", name):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+    known = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}, or an importable module"
+    raise NemoflowError(f"{where}: unknown engine {name!r}; {hint}")
 
 
 def refuse(overrides: dict, refused: dict[str, str], where: str) -> None:

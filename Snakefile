@@ -1,0 +1,42 @@
+# nemoflow: from raw text to a Hugging Face checkpoint. `snakemake` alone prints the targets.
+#
+# Paths:
+#   {kind}/{recipe}[@{stage}][:{n}]                          a name: link to today's artifact
+#       kind: tokenizer, data, pretrain, sft, rl, hf_export
+#   <store>/{kind}/{label}-{id}/artifact.json                an artifact; complete when this file exists
+#   <store>/{kind}/{label}-{id}/at-{n}/artifact.json         state n of a training (kind: pretrain, sft, rl)
+#   <store>/.stages/{id}.json                                a frozen stage: what an artifact is defined by
+#   <logs>/{kind}/{label}-{id}[.at-{n}].log                  end of the newest attempt's log
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: workflow.source_path("config/config.yaml")
+
+
+pathvars:
+    store="artifacts",
+
+
+include: "rules/common.smk"
+
+
+localrules:
+    help,
+
+
+rule help:
+    message:
+        "targets"
+    shell:
+        "{SCRIPTS}/help.py {RECIPES:q}"
+
+
+include: "rules/data.smk"
+include: "rules/pretrain.smk"
+include: "rules/sft.smk"
+include: "rules/rl.smk"
+include: "rules/export.smk"
+include: "rules/names.smk"

@@ -1,0 +1,102 @@
+"""The command `nemoflow`: what Snakemake cannot say. It reads recipes, locks and artifact records only."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nemoflow import locks
+from nemoflow import recipe as grammar
+from nemoflow.errors import NemoflowError
+from nemoflow.session import Session
+from nemoflow.stages import Recipe
+from nemoflow.store import Store
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+RECIPES = [Path("config/recipes"), CHECKOUT / "config/recipes"]
+SCHEMA = CHECKOUT / "config/recipe.schema.json"
+
+
+def known_recipes(directories: list[Path]) -> list[str]:
+    """Names of the recipes in `directories`."""
+    return sorted({path.stem for directory in directories for path in directory.glob("*.yaml")})
+
+
+def print_targets(directories: list[Path]) -> None:
+    """Print the names each recipe offers; a broken recipe is shown with its error and hides no other."""
+    print("Ask for one of these: snakemake TARGET   (what would run: snakemake -n TARGET)\n")
+    for name in known_recipes(directories):
+        try:
+            recipe = Recipe(name, directories, Store("artifacts"))
+        except NemoflowError as error:
+            print(f"{name}: {error}\n")
+            continue
+        print(f"{name}: {recipe.spec.description}" if recipe.spec.description else name)
+        print("".join(f"  {target}\n" for target in recipe.names()))
+
+
+def schema() -> str:
+    """The JSON Schema of a recipe, from its types, for editors."""
+    generated = grammar.Recipe.model_json_schema(by_alias=True)
+    # A recipe that extends another is checked whole, after merging: an editor sees only its part.
+    for definition in [generated, *generated["$defs"].values()]:
+        definition.pop("required", None)
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **generated}, indent=2) + "\n"
+
+
+def lock(args: argparse.Namespace) -> None:
+    for name in args.recipe:
+        file = locks.write(name, RECIPES, Store(args.store), lambda text: print(text, file=sys.stderr))
+        print(f"{name}: wrote {file}; commit it" if file else f"{name}: nothing to lock: every source is generated")
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in args.recipe or known_recipes(RECIPES):
+        recipe = Recipe(name, RECIPES, Store(args.store))
+        print(f"{recipe.file}: fine")
+        for stage, trained in recipe.stages.items():
+            span = f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
+            print(f"  {stage}: {trained.spec.kind} by {trained.spec.engine}, {span}, {trained.stage.directory}")
+
+
+def show(args: argparse.Namespace) -> None:
+    session = Session(args.store, RECIPES)
+    session.resolve(args.name)
+    print(session.summary())
+
+
+def graph(args: argparse.Namespace) -> None:
+    session = Session(args.store, RECIPES)
+    session.resolve(args.name)
+    print(session.mermaid())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Bad input ends with one clear message and exit code 1."""
+    parser = argparse.ArgumentParser(prog="nemoflow", description=__doc__)
+    parser.add_argument("--store", type=Path, default=Path("artifacts"), help="where artifacts live (artifacts)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function, arguments, text in (
+        (lock, "+", "pin the local files a recipe reads: sizes and digests into RECIPE.lock.json beside it"),
+        (check, "*", "read recipes and say what is wrong, or what they come to; all of them by default"),
+    ):
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.add_argument("recipe", nargs=arguments)
+        command.set_defaults(run=function)
+    for function, text in (
+        (show, "what stands behind names such as sft/nano3-tiny: measures, seconds, paths"),
+        (graph, "the lineage of names as a mermaid flowchart"),
+    ):
+        command = commands.add_parser(function.__name__, help=text, description=text)
+        command.add_argument("name", nargs="+")
+        command.set_defaults(run=function)
+    command = commands.add_parser("schema", help="write config/recipe.schema.json from the types")
+    command.set_defaults(run=lambda _: SCHEMA.write_text(schema(), encoding="utf-8"))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except NemoflowError as error:
+        print(f"nemoflow: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None

@@ -1,0 +1,274 @@
+"""What the main process knows: the requested names, what they point at today, and what would have to run.
+
+The Snakefile asks this module; it in turn knows nothing of Snakemake. Jobs, which may start weeks later on another
+machine, know frozen stages only and never read a recipe.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemoflow import kinds
+from nemoflow.engines import engine
+from nemoflow.errors import NemoflowError
+from nemoflow.stages import VIEWS, Recipe, Target
+from nemoflow.store import Stage, Store, dump, read_json, write_atomically
+
+_NAME = re.compile(rf"(?P<kind>{'|'.join(VIEWS)})/(?P<recipe>[^@:]*)(@(?P<stage>[^:]*))?(:(?P<at>.*))?")
+
+
+class Session:
+    """The names a run of Snakemake asks for, resolved."""
+
+    def __init__(self, store: Path | str, recipes: list[Path]):
+        self.store, self.directories = Store(store), recipes
+        self.recipes: dict[str, Recipe] = {}
+        self.names: dict[str, dict[str, Target]] = {}
+        self._titles: dict[str, str] = {}
+        self.begun = False
+
+    # -- at parse ----------------------------------------------------------------------------------------------------
+
+    def resolve(self, targets: Iterable[str]) -> None:
+        """Resolve the names among `targets`, writing nothing. Raises NemoflowError for bad recipes and names.
+
+        Other targets, such as artifacts, are left alone.
+        """
+        for target in targets:
+            text = target if ".." in target else os.path.normpath(target)
+            if match := _NAME.fullmatch(text):
+                self.names[text] = self._resolve(text, **match.groupdict())
+
+    def request(self, targets: Iterable[str]) -> None:
+        """Resolve the names among `targets`, freeze what they need, and drop links that show something else."""
+        self.resolve(targets)
+        for name, view in self.names.items():
+            for target in view.values():
+                self.store.freeze(target.stage.identity)
+            if shown(Path(name)) != self.links(name):
+                remove(Path(name))
+
+    def _resolve(self, text: str, kind: str, recipe: str, stage: str | None, at: str | None) -> dict[str, Target]:
+        if at is not None and not at.isdigit():
+            raise NemoflowError(f"{text}: {at!r} is no state; write KIND/RECIPE@STAGE:ITERATION")
+        if recipe not in self.recipes:
+            self.recipes[recipe] = Recipe(recipe, self.directories, self.store)
+        return self.recipes[recipe].view(kind, stage, int(at) if at else None)
+
+    def links(self, name: str) -> dict[str, str]:
+        """What the name is today: {"": link text}, or for a directory of links their texts by name."""
+        view, here = self.names[name], Path(name)
+        depth = here.parent if "" in view else here
+        return {sub: os.path.relpath(target.directory, depth) for sub, target in view.items()}
+
+    # -- for rules ---------------------------------------------------------------------------------------------------
+
+    def inputs(self, identity: str, at: int | None = None) -> list[str]:
+        """The artifacts that a stage's rule waits for: its inputs, and the wanted state before `at`."""
+        stage = self.store.load(identity)
+        found = [Target(self.store.load(r.identity), r.at).artifact for r in kinds.inputs(stage.payload)]
+        earlier = [n for n in self._requested_states(identity) if at is not None and n < at]
+        return [*found, Target(stage, max(earlier)).artifact] if earlier else found
+
+    def _requested_states(self, identity: str) -> set[int]:
+        wanted: set[int] = set()
+        for target in self._targets():
+            wanted |= {n for s, n in self.store.ancestors(target.stage.identity, target.at) if s.identity == identity}
+        return wanted
+
+    def _targets(self) -> list[Target]:
+        return [target for view in self.names.values() for target in view.values()]
+
+    def title(self, identity: str, at: int | None = None) -> str:
+        """What people call an artifact: by a requested recipe's name for it, else by its label."""
+        if not self._titles:
+            self._titles = {i: t for recipe in reversed(self.recipes.values()) for i, t in _titles(recipe).items()}
+        stage = self.store.load(identity)
+        title = self._titles.get(identity, f"{stage.kind} {stage.label}")
+        return f"{title} to {at}" if at is not None else title
+
+    # -- before jobs -------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Before the first job: say beside each unfinished artifact what stands outside its identity.
+
+        launch.json holds titles, paths and settings that leave the result unchanged; wanted/<N> the states to keep.
+        """
+        needed = {s.identity for t in self._targets() for s, _ in self.store.ancestors(t.stage.identity, t.at)}
+        for recipe in self.recipes.values():
+            trained = {t.stage.identity: t for t in recipe.stages.values()}
+            for identity in needed & (trained.keys() | recipe.paths.keys() | _titles(recipe).keys()):
+                stage = self.store.load(identity)
+                launch: dict = {"title": self.title(identity)}
+                if identity in recipe.paths:
+                    launch["paths"] = [str(Path(p).absolute()) for p in recipe.paths[identity]]
+                if found := trained.get(identity):
+                    launch["overrides"] = {k: v for k, v in found.overrides.items() if found.engine.outside(k)}
+                    launch["save_interval"] = found.spec.save_interval
+                    for n in found.wanted:
+                        if not (mark := stage.directory / "wanted" / str(n)).exists():
+                            mark.parent.mkdir(parents=True, exist_ok=True)
+                            mark.touch()
+                elif stage.sealed() is not None:
+                    continue
+                text, path = dump(launch), stage.directory / "launch.json"
+                if not path.exists() or path.read_text(encoding="utf-8") != text:
+                    write_atomically(path, text)
+
+    def check_raw_files(self, needed: Iterable[str]) -> None:
+        """Refuse a plan that would read raw files that are not there. `needed`: identities of stages to be made."""
+        for recipe in self.recipes.values():
+            for identity in set(needed) & recipe.paths.keys():
+                if gone := [p for p in recipe.paths[identity] if not Path(p).exists()]:
+                    raise NemoflowError(
+                        f"{recipe.file}: {gone[0]} is missing, which its lock pins; restore it, "
+                        f"or run `nemoflow lock {recipe.name}` to train on what is there now"
+                    )
+
+    def plan(self, identity: str, at: int | None) -> str:
+        """What a job would do: make, train anew, resume or only seal. Raises NemoflowError for the impossible."""
+        stage = self.store.load(identity)
+        if stage.sealed(at) is not None:
+            return "finished; only its record is written again"
+        if not stage.trained:
+            return "new"
+        init = stage.payload.get("init", {})
+        start = init["at"] if init.get("carry") == "all" else 0
+        complete = engine(stage.payload["engine"]).states(stage.directory / "checkpoints")
+        if at in complete:
+            return f"reached {at}; is sealed, without training"
+        reached = max(complete, default=None)
+        if reached is None:
+            return f"new, iterations {start + 1} to {at}"
+        if reached > at:
+            raise NemoflowError(
+                f"{self.title(identity)}: until: {at}: has passed it, at {reached}, and kept "
+                f"{', '.join(map(str, sorted(complete)))}; choose one of these, or raise `version:` to train anew"
+            )
+        return f"resume, {reached} of {at} done"
+
+    # -- after jobs --------------------------------------------------------------------------------------------------
+
+    def broken(self) -> list[str]:
+        """Requested names that do not show today's finished artifact."""
+        return [
+            name
+            for name, view in self.names.items()
+            if shown(Path(name)) != self.links(name) or not all(Path(t.artifact).exists() for t in view.values())
+        ]
+
+    def summary(self) -> str:
+        """One screen: every artifact behind the requested names, with what it measured and how long it took."""
+        rows, seen = [("artifact", "tokens", "result", "seconds", "path")], set()
+        for target in self._targets():
+            for stage, at in self.store.ancestors(target.stage.identity, target.at):
+                if (stage.identity, at) not in seen and (sealed := stage.sealed(at)):
+                    seen.add((stage.identity, at))
+                    rows.append((self.title(stage.identity, at), *_measured(stage, sealed), str(stage.state(at))))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = [
+            f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}" for r in rows
+        ]
+        shown_names = [f"{name} -> {', '.join(self.links(name).values())}" for name in self.names]
+        return "\n".join([*lines, "", *shown_names])
+
+    def mermaid(self) -> str:
+        """The lineage of the requested names as a mermaid flowchart: artifacts in human names, inputs pointing on."""
+        lines, seen = ["flowchart TD"], set()
+        for target in self._targets():
+            for stage, at in self.store.ancestors(target.stage.identity, target.at):
+                if (stage.identity, at) in seen:
+                    continue
+                seen.add((stage.identity, at))
+                node = _node(stage.identity, at)
+                lines.append(f'    {node}["{self.title(stage.identity, at)}"]:::{stage.kind}')
+                lines += [f"    {_node(r.identity, r.at)} --> {node}" for r in kinds.inputs(stage.payload)]
+        return "\n".join(lines)
+
+
+def _node(identity: str, at: int | None) -> str:
+    return f"s{identity}" + (f"_{at}" if at is not None else "")
+
+
+def _titles(recipe: Recipe) -> dict[str, str]:
+    """Identity -> human title, for everything a recipe names."""
+    titles = {recipe.tokenizer: f"tokenizer of {recipe.name}"}
+    for name, trained in recipe.stages.items():
+        titles[trained.stage.identity] = f"{trained.spec.kind} {name} of {recipe.name}"
+        titles.setdefault(trained.stage.payload["data"], f"data of {recipe.name}@{name}")
+        for at in trained.wanted:
+            export = recipe.view("hf_export", name, at)[""].stage.identity
+            titles[export] = f"hf_export of {recipe.name}@{name}"
+    return titles
+
+
+def _measured(stage: Stage, sealed: dict) -> tuple[str, str, str]:
+    """(tokens, loss or reward, seconds) of a finished artifact, as text; empty where it has none."""
+    found = sealed["measures"]
+    tokens = found.get("tokens", "")
+    if isinstance(tokens, dict):
+        tokens = sum(tokens.values())
+    if "reward" in found:
+        result = f"reward {found['reward_first']:.2f} -> {found['reward']:.2f}"
+    elif "valid_loss" in found:
+        result = f"valid loss {found['valid_loss_first']:.2f} -> {found['valid_loss']:.2f}"
+    elif "loss" in found:
+        result = f"loss {found['loss']:.2f}"
+    else:
+        result = ", ".join(
+            f"{found[k]:,} {k}" for k in ("documents", "rows", "chats", "parameters") if isinstance(found.get(k), int)
+        )
+    seconds = ""
+    if (run := stage.directory / "run.json").exists():
+        seconds = f"{sum(a.get('seconds', 0) for a in read_json(run)['attempts']):.0f}"
+    return (f"{tokens:,}" if tokens != "" else "", result, seconds)
+
+
+def shown(path: Path) -> dict[str, str] | None:
+    """What a name shows now, in the form of `Session.links`; None when it shows nothing."""
+    if path.is_symlink():
+        return {"": str(path.readlink())}
+    if path.is_dir():
+        return {p.name: str(p.readlink()) for p in path.iterdir() if p.is_symlink()}
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a name: a link, or a directory of links. Raises NemoflowError where anything else stands."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    if not path.exists():
+        return
+    strange = (
+        [p for p in path.iterdir() if not p.is_symlink() and p.name != ".snakemake_timestamp"]
+        if path.is_dir()
+        else [path]
+    )
+    if strange:
+        raise NemoflowError(f"{strange[0]}: stands where nemoflow keeps the name {path}; move it away")
+    for link in path.iterdir():
+        link.unlink()
+    path.rmdir()
+
+
+def show(path: Path, links: dict[str, str]) -> None:
+    """Make a name show `links`, in one step: a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)
+    try:
+        if "" in links:
+            temporary.symlink_to(links[""])
+        else:
+            temporary.mkdir()
+            for name, target in links.items():
+                (temporary / name).symlink_to(target)
+        if not (path.is_symlink() and temporary.is_symlink()):
+            remove(path)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(NemoflowError):
+            remove(temporary)

@@ -1,0 +1,127 @@
+# What all rules share. The session reads recipes and lives in the main process only: a job that starts weeks later
+# must not depend on what a recipe says then, so it knows frozen stages alone.
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
+
+BASE = Path(workflow.current_basedir).parent
+sys.path.insert(0, str(BASE))
+
+from nemoflow.errors import NemoflowError
+from nemoflow.session import Session
+from nemoflow.stages import VIEWS
+
+STORE = workflow.pathvars.apply("<store>")
+RECIPES = [Path("config/recipes"), BASE / "config/recipes"]
+SCRIPTS = f"{shlex.quote(sys.executable)} {shlex.quote(str(BASE / 'scripts'))}"
+TRIGGERS = {"mtime", "params"}
+
+session = Session(STORE, RECIPES)
+
+
+def fail(message):
+    """End the run with one message. Not a WorkflowError: from an input function Snakemake would print a traceback."""
+    logger.error(f"nemoflow: error: {message}")
+    sys.exit(1)
+
+
+def clearly(function, *args):
+    """The function's result; what a person did wrong ends the run with its message."""
+    try:
+        return function(*args)
+    except NemoflowError as error:
+        fail(error)
+
+
+def begin():
+    """Before the first job of the graph is built: resolve what was asked for, drop links that show something else.
+
+    Not at parse, when Snakemake does not know the targets yet; not in a job, which knows no recipes.
+    """
+    settings = workflow.dag_settings
+    if session.begun or not workflow.is_main_process:
+        return
+    session.begun = True
+    if settings.forceall or settings.forcerun:
+        option = "--forceall" if settings.forceall else "--forcerun"
+        fail(
+            f"{option}: finished artifacts are not made again under the same address. To train a stage anew, raise "
+            "its `version:` in the recipe; to have another artifact made again, delete its directory"
+        )
+    if other := {str(t).lower() for t in settings.rerun_triggers} - TRIGGERS:
+        fail(
+            f"--rerun-triggers {' '.join(sorted(other))}: only {' and '.join(sorted(TRIGGERS))} are safe here, "
+            "as profiles/default sets them; do not drop that profile"
+        )
+    clearly(session.request, settings.targets)
+
+
+def number(wildcards):
+    """The state a job is for; None for kinds without states."""
+    return int(wildcards.n) if hasattr(wildcards, "n") else None
+
+
+def upstream(wildcards):
+    """The artifacts a stage is made from. Ancient: their content is part of the identity, so no time stamp matters."""
+    begin()
+    return [
+        ancient(path)
+        for path in clearly(session.inputs, wildcards.id, number(wildcards))
+    ]
+
+
+def title(wildcards):
+    """What people call the artifact."""
+    return session.title(wildcards.id, number(wildcards))
+
+
+class Plan(logging.Handler):
+    """Shows, before the first job and under -n, what each job would do: make, train anew, resume or only seal."""
+
+    shown = False
+
+    def emit(self, record):
+        if self.shown or getattr(record, "event", None) != LogEvent.RUN_INFO:
+            return
+        self.shown = True
+        jobs = [
+            job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict
+        ]
+        if jobs:
+            clearly(session.check_raw_files, [job.wildcards.id for job in jobs])
+            lines = [
+                f"  {title(j.wildcards)}: {clearly(session.plan, j.wildcards.id, number(j.wildcards))}"
+                for j in jobs
+            ]
+            logger.info("\n".join(["Plan:", *lines, ""]))
+
+
+if workflow.is_main_process:
+    logger.addHandler(Plan(logging.INFO))
+
+
+wildcard_constraints:
+    label="[a-z0-9.-]+",
+    id="[0-9a-f]{12}",
+    n="[0-9]+",
+    view="|".join(VIEWS),
+    name=".+",
+
+
+onstart:
+    clearly(session.prepare)
+
+
+onsuccess:
+    settings = workflow.dag_settings
+    if not (settings.until or settings.omit_from) and (missing := session.broken()):
+        fail(
+            f"finished, yet these do not show today's artifact: {', '.join(missing)}"
+        )
+    if session.names:
+        print(session.summary(), file=sys.stderr)

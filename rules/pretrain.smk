@@ -1,0 +1,17 @@
+# Pretraining: states of trajectories.
+
+
+rule pretrain:
+    input:
+        upstream,
+    output:
+        "<store>/pretrain/{label}-{id}/at-{n}/artifact.json",
+    log:
+        "<logs>/pretrain/{label}-{id}.at-{n}.log",
+    threads: workflow.cores
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        "{SCRIPTS}/{rule}.py --stage {STORE:q}/.stages/{wildcards.id}.json --at {wildcards.n} --log {log:q}"

@@ -1,0 +1,57 @@
+"""A trainer for tests of the graph: a file per checkpoint and a line of metrics per iteration, and no model.
+
+The recipe's overrides steer it: sleep.seconds per iteration, sleep.fail_at an iteration to fail at.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+STARTS_FROM = "checkpoint"
+REFUSED = {"sleep.until": "write the stage's until"}
+
+
+def check(overrides, where):
+    pass
+
+
+def outside(key):
+    return key in {"sleep.seconds", "sleep.fail_at"}
+
+
+def tokens_per_iteration(overrides):
+    return overrides.get("sleep.tokens")
+
+
+def schedule_horizon(overrides):
+    return overrides.get("sleep.horizon")
+
+
+def states(checkpoints: Path):
+    return {int(p.name): p for p in checkpoints.glob("[0-9]*") if (p / "weights").exists()}
+
+
+def command(request: Path):
+    return [sys.executable, "-m", "sleep_engine", str(request)]
+
+
+def main(request: dict):
+    settings = request["overrides"]
+    checkpoints = Path(request["checkpoints"])
+    done = max(states(checkpoints), default=request["start"])
+    with open(request["metrics"], "a") as metrics:
+        for n in range(done + 1, request["stop"] + 1):
+            if n == settings.get("sleep.fail_at"):
+                sys.exit(f"nemoflow: error: told to fail at {n}")
+            time.sleep(settings.get("sleep.seconds", 0))
+            metrics.write(json.dumps({"iteration": n, "loss": 10 / n, "tokens": n * 100}) + "\n")
+            metrics.flush()
+            if n in request["wanted"] or n % request["save_interval"] == 0:
+                (checkpoints / f".{n}").mkdir(exist_ok=True)
+                (checkpoints / f".{n}" / "weights").write_text(json.dumps([request["init"], settings, n]))
+                (checkpoints / f".{n}").rename(checkpoints / str(n))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
