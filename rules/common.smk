@@ -75,6 +75,25 @@ def upstream(wildcards):
     ]
 
 
+def named(wildcards):
+    """The artifacts that a name shows."""
+    begin()
+    name = f"{wildcards.view}/{wildcards.name}"
+    return (
+        [ancient(target.artifact) for target in session.names[name].values()]
+        if name in session.names
+        else []
+    )
+
+
+def links(wildcards):
+    """The links a name consists of, as arguments."""
+    return [
+        f"{sub}={text}"
+        for sub, text in session.links(f"{wildcards.view}/{wildcards.name}").items()
+    ]
+
+
 def title(wildcards):
     """What people call the artifact."""
     return session.title(wildcards.id, number(wildcards))

@@ -2,25 +2,6 @@
 # exactly the link is made again.
 
 
-def named(wildcards):
-    """The artifacts that a name shows."""
-    begin()
-    name = f"{wildcards.view}/{wildcards.name}"
-    return (
-        [ancient(target.artifact) for target in session.names[name].values()]
-        if name in session.names
-        else []
-    )
-
-
-def links(wildcards):
-    """The links a name consists of, as arguments."""
-    return [
-        f"{sub}={text}"
-        for sub, text in session.links(f"{wildcards.view}/{wildcards.name}").items()
-    ]
-
-
 localrules:
     name,
 

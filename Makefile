@@ -1,0 +1,51 @@
+# make demo   a fresh machine with Python 3.12: installs into .venv and runs the toy chain, raw text to HF checkpoint
+# make test   everything but what is slow by nature; .ci/run adds that with make test-slow
+
+PYTHON ?= python3.12
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+# The machine's own certificates: behind a proxy the bundled ones do not do
+UV_INSTALL := $(UV) pip install --quiet --system-certs --python $(BIN)/python
+JOBS ?= 2
+
+.PHONY: demo install install-dev test test-slow lint format lock clean
+
+demo: install
+	$(BIN)/snakemake hf_export/nano3-tiny
+
+install: $(VENV)/installed
+$(VENV)/installed: envs/requirements.txt envs/requirements-megatron.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(UV_INSTALL) -r envs/requirements.txt
+	$(UV_INSTALL) --no-deps -r envs/requirements-megatron.txt --editable .
+	touch $@
+
+install-dev: $(VENV)/installed-dev
+$(VENV)/installed-dev: $(VENV)/installed envs/requirements-dev.txt
+	$(UV_INSTALL) -r envs/requirements-dev.txt
+	touch $@
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+
+test-slow: install-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile rules
+
+lock: install-dev
+	$(UV) pip compile -q --system-certs --python 3.12 --no-emit-index-url --no-header envs/requirements.in -o envs/requirements.txt
+	cd envs && ../$(UV) pip compile -q --system-certs --python 3.12 --no-emit-index-url --no-header requirements-dev.in -o requirements-dev.txt
+
+clean:
+	rm -rf $(VENV) .snakemake .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,37 @@
+"""The house: lint, and what the files at the top promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BASE = Path(__file__).resolve().parents[1]
+
+ALLOWED = {
+    # A job is started by a launcher that runs on the node and starts the container itself; Snakemake's own
+    # `container:` around it would wrap srun. What runs where stands in envs/.
+    r"Specify a conda environment or container for each rule",
+    # Artifact rules carry no params, since a params trigger would make a finished artifact again; where the scripts
+    # and the store lie is no parameter of a result.
+    # help prints to the terminal.
+    r"No log directive defined",
+    r"Shell command directly uses variable (SCRIPTS|STORE|rule|RECIPES) from outside of the rule",
+}
+"""What `snakemake --lint` says of this workflow and is meant so, with the reason."""
+
+
+def test_snakemake_lint_finds_nothing_but_what_is_meant():
+    command = [sys.executable, "-m", "snakemake", "--lint"]
+    printed = subprocess.run(command, cwd=BASE, capture_output=True, text=True).stderr
+    found = set(re.findall(r"^    \* (.*):$", printed, re.M))
+    assert {f for f in found if not any(re.match(a, f) for a in ALLOWED)} == set()
+    assert {a for a in ALLOWED if not any(re.match(a, f) for f in found)} == set(), "allowed, but no longer said"
+
+
+def test_snakefile_is_a_table_of_contents():
+    assert len((BASE / "Snakefile").read_text().splitlines()) < 80
+
+
+def test_library_imports_no_snakemake():
+    for path in (BASE / "nemoflow").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) snakemake", path.read_text(), re.M), path
