@@ -87,8 +87,8 @@ def _docstrings() -> Iterator[tuple[str, str]]:
     for module in MODULES.split():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            imported = importlib.import_module(module)
-        for name, doc in _documented(imported):
+            documented = list(_documented(importlib.import_module(module)))
+        for name, doc in documented:
             # Docstrings made up from values can hold addresses, which differ from run to run.
             if isinstance(doc, str) and not _ADDRESS.search(doc):
                 text = inspect.cleandoc(doc).strip()

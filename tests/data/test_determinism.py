@@ -1,0 +1,36 @@
+"""Everything the data programs write is the same, byte for byte, whatever the process it is written by."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_two_runs_from_nothing_are_byte_identical(tmp_path):
+    surroundings = [
+        {"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1", "LC_ALL": "C", "TZ": "UTC"},
+        {"PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": "3", "LC_ALL": "C.UTF-8", "TZ": "Asia/Tokyo"},
+    ]
+    runs = []
+    for number, environment in enumerate(surroundings):
+        root = tmp_path / f"run {number}" / ("deeper" * number)
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("data_set.py"), root],
+            env=os.environ | environment,
+            check=True,
+            cwd=tmp_path,
+        )
+        runs.append(digests(root))
+    assert runs[0] == runs[1]
+    kinds = {name.split("/")[0] for name in runs[0]}
+    assert kinds == {"source", "tokenizer", "shards", "blend", "chats", "prompts"}
+    assert sum(name.endswith(".bin") for name in runs[0]) >= 8

@@ -1,0 +1,136 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemoflow.data import generate
+from nemoflow.errors import NemoflowError
+
+
+def rows(source: Path) -> list[dict]:
+    return [json.loads(line) for shard in sorted(source.glob("shard-*")) for line in shard.open()]
+
+
+def make(out, **payload):
+    return generate.make(
+        {"generator": "arithmetic_chats", "args": {}, "seed": 0, "shards": 2, "python": sys.version.split()[0]}
+        | payload,
+        {},
+        out,
+        print,
+    )
+
+
+def test_released_arguments_and_defaults():
+    assert {name: generate.arguments(name) for name in generate.GENERATORS} == {
+        "stdlib_topics": {},
+        "stdlib_docstrings": {},
+        "stdlib_chats": {"max_chars": 300},
+        "arithmetic_chats": {"count": 2000, "max_operand": 9},
+        "arithmetic_rl": {"count": 100, "max_operand": 9},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "size"), [("stdlib_topics", 200, 450_000), ("stdlib_docstrings", 4000, 10**6)]
+)
+def test_texts_are_enough_distinct_and_without_addresses(made, name, documents, size):
+    texts = [row["text"] for row in rows(made[name])]
+    assert len(texts) >= documents
+    assert sum(map(len, texts)) >= size
+    assert len(set(texts)) == len(texts)
+    assert not any(re.search(r"0x[0-9a-f]{8,}", text) for text in texts if " at 0x" in text)
+    assert all(text.strip() for text in texts)
+
+
+def test_rows_are_dealt_out_evenly(made):
+    for name in generate.GENERATORS:
+        sizes = [len(shard.read_bytes().splitlines()) for shard in sorted(made[name].glob("shard-*"))]
+        assert len(sizes) == 2
+        assert 0 <= sizes[0] - sizes[1] <= 1
+
+
+def test_a_docstring_is_headed_by_its_name(made):
+    assert any(row["text"].startswith("json.loads\n\nDeserialize ``s``") for row in rows(made["stdlib_docstrings"]))
+
+
+def test_chats_answer_what_was_asked(made):
+    answers = {}
+    for row in rows(made["stdlib_chats"]):
+        question, answer = row["messages"]
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        assert 20 <= len(answer["content"]) <= 300
+        answers[question["content"]] = answer["content"]
+    found = [answer for question, answer in answers.items() if " heapq.heappush " in f"{question.rstrip('.')} "]
+    assert found == ["Push item onto heap, maintaining the heap invariant."]
+    assert len({question.replace("?", " ").split()[0] for question in answers}) >= 4
+
+
+def test_sums_are_right_and_every_pair_is_asked_once_a_pass(made):
+    asked = []
+    for row in rows(made["arithmetic_chats"]):
+        question, answer = (message["content"] for message in row["messages"])
+        a, b = map(int, re.fullmatch(r"What is (\d) \+ (\d)\?", question).groups())
+        assert int(answer) == a + b
+        asked.append(question)
+    assert len(asked) == 300
+    assert all(asked.count(question) == 3 for question in set(asked))
+
+
+def test_rl_rows_ask_what_the_chats_teach(made):
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows(made["arithmetic_chats"])}
+    found = rows(made["arithmetic_rl"])
+    assert len({row["question"] for row in found}) == 100
+    for row in found:
+        assert row["responses_create_params"]["input"] == [{"role": "user", "content": row["question"]}]
+        assert row["expected_answer"] == answers[row["question"]]
+        assert row["agent_ref"]["name"] == "math_with_judge_simple_agent"
+
+
+def test_the_seed_changes_the_order_only(out, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    assert make(out, generator="stdlib_topics") == make(other, generator="stdlib_topics", seed=1)
+    assert rows(out) != rows(other)
+    assert sorted(row["text"] for row in rows(out)) == sorted(row["text"] for row in rows(other))
+
+
+def test_arguments_reach_the_generator(out):
+    assert make(out, args={"count": 7, "max_operand": 99})["documents"] == 7
+    assert any(re.search(r"\d\d", row["messages"][0]["content"]) for row in rows(out))
+
+
+def test_measures_are_rows_and_bytes(made):
+    measures = json.loads((made["stdlib_topics"] / "sealed.json").read_text())["measures"]
+    shards = list(made["stdlib_topics"].glob("shard-*"))
+    assert measures == {
+        "documents": len(rows(made["stdlib_topics"])),
+        "bytes": sum(shard.stat().st_size for shard in shards),
+    }
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ({"python": "3.11.4"}, f"this is Python {re.escape(sys.version.split()[0])}, .* of Python 3.11.4"),
+        ({"generator": "poems"}, "generator: 'poems' is unknown; known: arithmetic_chats, "),
+        ({"args": {"cuont": 3}}, "args.cuont is unknown; it takes count, max_operand"),
+        ({"generator": "stdlib_topics", "args": {"x": 1}}, "args.x is unknown; it takes no arguments"),
+        ({"args": {"count": "3"}}, "args.count: '3' is not a positive integer"),
+        ({"args": {"count": 0}}, "args.count: 0 is not a positive integer"),
+    ],
+)
+def test_bad_payloads_are_refused_before_anything_is_written(out, payload, message):
+    with pytest.raises(NemoflowError, match=message):
+        make(out, **payload)
+    assert not list(out.iterdir())
+
+
+def test_an_interpreter_without_docstrings_is_refused():
+    code = "from nemoflow.data import generate; list(generate.stdlib_docstrings(0))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has no docstrings; start it without" in done.stderr
