@@ -1,0 +1,121 @@
+"""Kind `hf_export`: a trained state as a Hugging Face checkpoint that plain transformers loads.
+
+Here are the files around the weights; the weights themselves are converted by a process of its own (convert.py).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nemoflow.errors import NemoflowError
+from nemoflow.export import card, layout
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+CHAT_END = "<|im_end|>"
+"""The token that ends a turn of a chat: generation stops at it as at the end of a document."""
+
+_ERROR = "nemoflow: error: "
+
+
+def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], lineage: list[dict]) -> dict:
+    """Write the checkpoint of a trained state into `out`: config.json, model.safetensors, tokenizer, README.md, ...
+
+    payload: {"engine": "megatron_bridge" | "trl", "dtype": "float32" | "bfloat16"}. inputs: {"state": directory with a
+    link `checkpoint`, "tokenizer": directory}. lineage: sealed records of all that the state comes from, in order.
+
+    Returns {"parameters", "bytes" of the weight files, "dtype"}.
+
+    Raises NemoflowError for a damaged checkpoint, a model that has no such form, and a tokenizer that does not fit it.
+    """
+    checkpoint, tokenizer = inputs["state"] / "checkpoint", inputs["tokenizer"]
+    if not checkpoint.is_dir():
+        raise NemoflowError(f"{checkpoint}: is missing; the state's checkpoint was moved or deleted")
+    tokens = special_tokens(tokenizer)
+    progress("converts the weights")
+    _convert(payload["engine"], checkpoint, tokens, payload["dtype"], out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    entries = layout.weights(out)
+    layout.compare({name: tuple(e["shape"]) for name, e in entries.items()}, layout.expected(config), str(out))
+    if tokens["size"] > config["vocab_size"]:
+        raise NemoflowError(
+            f"{tokenizer}: has {tokens['size']} tokens, the model embeds {config['vocab_size']}; "
+            "it is not the tokenizer this model was trained with"
+        )
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, out / name)
+    generation = {
+        "bos_token_id": tokens["bos_token_id"],
+        "eos_token_id": tokens["ends"],
+        "pad_token_id": tokens["pad_token_id"],
+    }
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
+    measures = {
+        "parameters": layout.parameters(entries),
+        "bytes": sum(p.stat().st_size for p in out.glob("*.safetensors")),
+        "dtype": payload["dtype"],
+    }
+    chat = (out / "chat_template.jinja").exists()
+    (out / "README.md").write_text(card.text(config, measures, lineage, chat), encoding="utf-8")
+    return measures
+
+
+def special_tokens(tokenizer: Path) -> dict:
+    """{"bos_token_id", "eos_token_id", "pad_token_id", "ends": ids that end generation, "size"} of a tokenizer.
+
+    A token that the tokenizer does not have is None. Raises NemoflowError when there is no tokenizer, or no end token.
+    """
+    try:
+        model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+        config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+        ids = model["model"]["vocab"] | {t["content"]: t["id"] for t in model["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NemoflowError(f"{tokenizer}: no tokenizer that can be read there: {error}") from None
+
+    def token(role: str) -> int | None:
+        name = config.get(role)
+        return ids.get(name["content"] if isinstance(name, dict) else name)
+
+    end = token("eos_token")
+    if end is None:
+        raise NemoflowError(f"{tokenizer}/tokenizer_config.json: eos_token: names no token; generation would never end")
+    ends = [end, *(ids[CHAT_END] for _ in range(CHAT_END in ids and ids[CHAT_END] != end))]
+    return {
+        "bos_token_id": token("bos_token"),
+        "eos_token_id": end,
+        "pad_token_id": token("pad_token"),
+        "ends": ends,
+        "size": max(ids.values()) + 1,
+    }
+
+
+def _convert(engine: str, checkpoint: Path, tokens: dict, dtype: str, out: Path) -> None:
+    """Run convert.py. Its error for people becomes a NemoflowError; what else it says goes to this process's stderr."""
+    ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    package = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-m", "nemoflow.export.convert", engine, checkpoint, json.dumps(ids), dtype, out]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    child = subprocess.run([str(c) for c in command], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(child.stderr)
+    if child.returncode:
+        lines = [line for line in child.stderr.splitlines() if line.strip()]
+        said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+        reason = said[-1] if said else f"the conversion failed: {lines[-1] if lines else child.returncode}"
+        raise NemoflowError(reason if said else f"{checkpoint}: {reason}")

@@ -1,0 +1,226 @@
+"""The conversion itself: python -m nemoflow.export.convert ENGINE CHECKPOINT TOKENS DTYPE OUT
+
+Writes config.json and the safetensors files into OUT. A process of its own, because it imports torch, transformers
+and, for the engine megatron_bridge, Megatron behind the device shim. ENGINE says what CHECKPOINT is: `megatron_bridge`
+an iter_* directory with its run_config.yaml, `trl` a directory that transformers saved.
+"""
+
+import errno
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemoflow.errors import NemoflowError
+from nemoflow.export import config as spelling
+from nemoflow.export import layout
+
+MAX_SHARD_SIZE = "5GB"
+
+_MEGATRON_FILES = ("run_config.yaml", "metadata.json", ".metadata")
+
+_ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "hybrid_layer_pattern",
+    "mamba_head_dim",
+    "mamba_num_heads",
+    "mamba_num_groups",
+    "mamba_state_dim",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_pre_softmax",
+    "activation_func",
+    "gated_linear_unit",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "normalization",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "position_embedding_type",
+    "share_embeddings_and_output_weights",
+    "softmax_scale",
+    "window_size",
+)
+"""Settings of a Megatron model that decide what function its weights compute, and so must survive the conversion."""
+
+
+def check_megatron(checkpoint: Path) -> None:
+    """Raise NemoflowError unless the checkpoint has all its files, as long as its own metadata says.
+
+    The distributed loader's own errors for a file that is cut off are many and unclear, and some name no file.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    for name in _MEGATRON_FILES:
+        if not (checkpoint / name).is_file():
+            raise NemoflowError(
+                f"{checkpoint}: {name} is missing; a complete Megatron-Bridge checkpoint (an iter_* directory) is wanted"
+            )
+    try:
+        stored = FileSystemReader(checkpoint).read_metadata().storage_data
+        json.loads((checkpoint / "metadata.json").read_text(encoding="utf-8"))
+    except (EOFError, pickle.UnpicklingError, ValueError, AttributeError) as error:
+        raise NemoflowError(f"{checkpoint}: its metadata cannot be read: {error}") from None
+    ends: dict[str, int] = {}
+    for item in stored.values():
+        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+    for name, end in sorted(ends.items()):
+        file = checkpoint / name
+        size = file.stat().st_size if file.exists() else None
+        if size is None:
+            raise NemoflowError(f"{file}: is missing from the checkpoint")
+        if size < end:
+            raise NemoflowError(f"{file}: has {size} bytes where the checkpoint needs {end}; it is cut off")
+
+
+def hf_config(provider: Any, vocab_size: int, tokens: dict[str, int]) -> Any:
+    """The transformers NemotronHConfig of a Megatron provider, by the bridge's own mapping.
+
+    `vocab_size` is the number of rows of the embedding, padding included; `tokens` the ids of bos, eos and pad.
+
+    Raises NemoflowError when the model has a setting that this architecture cannot say: the config is taken back
+    through the bridge, and must give the same model.
+    """
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.nemotronh.nemotron_h_bridge import NemotronHBridge
+    from transformers import NemotronHConfig
+
+    mapped = NemotronHBridge.megatron_to_hf_config(provider)
+    settable = set(NemotronHConfig.__dataclass_fields__) | {"hybrid_override_pattern"}
+    config = NemotronHConfig(
+        **{name: value for name, value in mapped.items() if name in settable and value is not None}
+        | tokens
+        | {
+            "vocab_size": vocab_size,
+            "architectures": ["NemotronHForCausalLM"],
+            "norm_topk_prob": provider.moe_router_topk > 1,  # Megatron normalises the scores of several experts only
+            "moe_latent_size": provider.moe_latent_size,
+        }
+    )
+    back = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    for name in _ARCHITECTURE:
+        said, meant = (_plain(name, getattr(p, name, None)) for p in (provider, back))
+        if said != meant:
+            raise NemoflowError(
+                f"model.{name}: {said} cannot be said in a NemotronH config, which would mean {meant}; "
+                "such a model cannot be exported"
+            )
+    return config
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting as something to compare and show: functions by name, None as what it means to the router."""
+    if value is None and name in ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"):
+        return 1
+    return getattr(value, "__name__", value)
+
+
+def from_megatron(checkpoint: Path, tokens: dict[str, int]) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """The config and the tensors (published name, torch.Tensor) of a Megatron-Bridge iter_* directory.
+
+    Raises NemoflowError for a checkpoint that is cut off, or whose model has no NemotronH form.
+    """
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.training.model_load_save import load_megatron_model, load_model_config
+    from megatron.core import dist_checkpointing
+
+    provider, _ = load_model_config(str(checkpoint))
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    rows = stored["embedding.word_embeddings.weight"].global_shape[0]
+    config = hf_config(provider, rows, tokens)
+    bridge = AutoBridge.from_hf_config(config)
+    model = load_megatron_model(str(checkpoint), use_cpu_init=True, skip_temp_dist_context=True)
+    return config, bridge.export_hf_weights(model, cpu=True, show_progress=False)
+
+
+def from_transformers(checkpoint: Path) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """The config and the tensors (published name, torch.Tensor) of a NemotronH checkpoint that transformers saved.
+
+    transformers 5 writes the embedding under a name (`backbone.embedding.weight`) that Megatron-Bridge and vLLM do not
+    know; it goes out under the published one.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    if not (checkpoint / "config.json").is_file():
+        raise NemoflowError(f"{checkpoint}: config.json is missing; a checkpoint saved by transformers is wanted")
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    if config.model_type != "nemotron_h":
+        raise NemoflowError(f"{checkpoint}/config.json: model_type {config.model_type!r}; nemotron_h is wanted")
+    layout.weights(checkpoint)  # refuses files that are cut off
+    tensors = {n: t for f in sorted(checkpoint.glob("*.safetensors")) for n, t in load_file(f).items()}
+    return config, ((n.replace("backbone.embedding.", "backbone.embeddings."), t) for n, t in tensors.items())
+
+
+def write(config: Any, tensors: Iterator[tuple[str, Any]], dtype: str, out: Path) -> None:
+    """Write config.json and the safetensors files of a model into `out`.
+
+    Floating tensors are stored as `dtype` ("float32" or "bfloat16"), the router's bias always as float32.
+
+    Raises NemoflowError when a tensor is missing, is not part of such a model, or has another shape.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    published = spelling.published(config, dtype)
+    kind = getattr(torch, dtype)
+    found = {
+        name: tensor.detach().to(torch.float32 if name.endswith(layout.ROUTER_BIAS) else kind).contiguous().clone()
+        for name, tensor in tensors
+    }
+    wanted = layout.expected(published)
+    layout.compare({name: tuple(tensor.shape) for name, tensor in found.items()}, wanted, "the converted model")
+    plan = split_torch_state_dict_into_shards({n: found[n] for n in wanted}, max_shard_size=MAX_SHARD_SIZE)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: found[name] for name in names}, out / file, metadata={"format": "pt"})
+        (out / file).chmod(0o644)  # safetensors makes it readable to its owner alone
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (out / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
+
+
+def main(engine: str, checkpoint: Path, tokens: dict[str, int], dtype: str, out: Path) -> None:
+    """Convert a checkpoint; see the module. `tokens`: bos_token_id, eos_token_id and pad_token_id."""
+    if engine == "trl":
+        write(*from_transformers(checkpoint), dtype, out)
+        return
+    check_megatron(checkpoint)
+    from nemoflow import cpu
+
+    if on_cpu := cpu.needed():
+        cpu.enable()
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    if on_cpu:
+        cpu.patch()
+    with temporary_distributed_context(backend="gloo"):
+        write(*from_megatron(checkpoint, tokens), dtype, out)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    except NemoflowError as error:
+        sys.exit(f"nemoflow: error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"nemoflow: error: no space left where {sys.argv[5]} is; free some and run again")
