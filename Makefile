@@ -5,8 +5,9 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
-# The machine's own certificates: behind a proxy the bundled ones do not do
-UV_INSTALL := $(UV) pip install --quiet --system-certs --python $(BIN)/python
+# The machine's own certificates, for proxies; bytecode now, or each process compiles anew what PYTHONDONTWRITEBYTECODE
+# does not let it keep
+UV_INSTALL := $(UV) pip install --quiet --system-certs --compile-bytecode --python $(BIN)/python
 JOBS ?= 2
 
 .PHONY: demo install install-dev test test-slow lint format lock clean

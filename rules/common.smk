@@ -2,6 +2,7 @@
 # must not depend on what a recipe says then, so it knows frozen stages alone.
 
 import logging
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ class Plan(logging.Handler):
 
 if workflow.is_main_process:
     logger.addHandler(Plan(logging.INFO))
+    # The scheduler announces each round of jobs; the jobs speak for themselves.
+    logger.addFilter(lambda record: not re.match(r"Select jobs to execute|Execute \d+ jobs", str(record.msg)))
 
 
 wildcard_constraints:
