@@ -70,29 +70,19 @@ def number(wildcards):
 def upstream(wildcards):
     """The artifacts a stage is made from. Ancient: their content is part of the identity, so no time stamp matters."""
     begin()
-    return [
-        ancient(path)
-        for path in clearly(session.inputs, wildcards.id, number(wildcards))
-    ]
+    return [ancient(path) for path in clearly(session.inputs, wildcards.id, number(wildcards))]
 
 
 def named(wildcards):
     """The artifacts that a name shows."""
     begin()
     name = f"{wildcards.view}/{wildcards.name}"
-    return (
-        [ancient(target.artifact) for target in session.names[name].values()]
-        if name in session.names
-        else []
-    )
+    return [ancient(target.artifact) for target in session.names[name].values()] if name in session.names else []
 
 
 def links(wildcards):
     """The links a name consists of, as arguments."""
-    return [
-        f"{sub}={text}"
-        for sub, text in session.links(f"{wildcards.view}/{wildcards.name}").items()
-    ]
+    return [f"{sub}={text}" for sub, text in session.links(f"{wildcards.view}/{wildcards.name}").items()]
 
 
 def title(wildcards):
@@ -109,14 +99,12 @@ class Plan(logging.Handler):
         if self.shown or getattr(record, "event", None) != LogEvent.RUN_INFO:
             return
         self.shown = True
-        jobs = [
-            job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict
-        ]
+        jobs = [job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict]
+        jobs.sort(key=lambda job: session.position(job.wildcards.id, number(job.wildcards)))
         if jobs:
             clearly(session.check_raw_files, [job.wildcards.id for job in jobs])
             lines = [
-                f"  {title(j.wildcards)}: {clearly(session.plan, j.wildcards.id, number(j.wildcards))}"
-                for j in jobs
+                f"  {title(j.wildcards)}: {clearly(session.plan, j.wildcards.id, number(j.wildcards))}" for j in jobs
             ]
             logger.info("\n".join(["Plan:", *lines, ""]))
 
@@ -142,8 +130,6 @@ onstart:
 onsuccess:
     settings = workflow.dag_settings
     if not (settings.until or settings.omit_from) and (missing := session.broken()):
-        fail(
-            f"finished, yet these do not show today's artifact: {', '.join(missing)}"
-        )
+        fail(f"finished, yet these do not show today's artifact: {', '.join(missing)}")
     if session.names:
         print(session.summary(), file=sys.stderr)
