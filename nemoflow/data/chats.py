@@ -232,20 +232,21 @@ class _Reader:
     def _rendered(self, source: Path) -> Iterator[tuple[bytes, str, list[tuple[int, int]]]]:
         for shard in shards_of(source):
             for place, _, row in read(shard, self.broken):
-                self.rows += 1
                 try:
                     messages = _messages(row)
                     content = json.dumps([messages, row.get("tools")], ensure_ascii=False, sort_keys=True)
                     encodable(content, "messages")
-                    if self._reserved.search(content):
-                        # Rendered, it would become a control token: a turn that the user's text began or ended.
-                        self.left_out["control_strings"] += 1
-                        continue
+                    control = self._reserved.search(content)
                     text, spans = self._template.render(messages, row.get("tools"))
                 except ValueError as error:
                     self.broken.add(str(error), place)
                     continue
-                yield content.encode(), text, spans
+                self.rows += 1
+                if control:
+                    # Rendered, it became a control token: a turn that the user's text began or ended.
+                    self.left_out["control_strings"] += 1
+                else:
+                    yield content.encode(), text, spans
 
     def chats(self, source: Path) -> Iterator[tuple[bytes, list[int], np.ndarray]]:
         """Each usable chat as (content, ids, shifted loss mask as int8 of the same length)."""
@@ -298,7 +299,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
             name = split.of(content)
             chats[name].add(ids, mask, part.get("repeat", 1) if name == "train" else 1)
         progress(f"{source.name}: {reader.rows:,} chats so far")
-    reader.broken.check(reader.rows, payload["max_broken"])
+    reader.broken.check(reader.rows + reader.broken.count, payload["max_broken"])
     if not chats["train"].repeats:
         raise NemoflowError(
             f"{inputs['sources'][0]}: no chat to train on is left ({reader.left_out}); the corpus is empty"
