@@ -70,7 +70,7 @@ def check_megatron(checkpoint: Path) -> None:
     for name in _MEGATRON_FILES:
         if not (checkpoint / name).is_file():
             raise NemoflowError(
-                f"{checkpoint}: {name} is missing; a complete Megatron-Bridge checkpoint (an iter_* directory) is wanted"
+                f"{checkpoint}: {name} is missing; a complete iter_* directory of Megatron-Bridge is wanted"
             )
     try:
         stored = FileSystemReader(checkpoint).read_metadata().storage_data
