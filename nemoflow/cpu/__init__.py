@@ -1,0 +1,119 @@
+"""The device shim: Megatron-Bridge and Megatron-Core on a machine without a GPU, at toy size.
+
+    cpu.enable()             before the first import of Megatron, when cpu.needed()
+    import megatron...
+    cpu.patch()              once, after
+    cpu.adapt(config)        on the ConfigContainer of a recipe, after its overrides
+
+Everything that differs between a CPU and a GPU run is in this package. It changes how numbers are computed, never which:
+precision, model, data and schedule are the recipe's own settings.
+"""
+
+import importlib.util
+import os
+
+
+def needed() -> bool:
+    """Whether this machine lacks a GPU, Transformer Engine or mamba_ssm. NEMOFLOW_CPU=1 or =0 decides instead.
+
+    Raises ValueError for another value of NEMOFLOW_CPU.
+    """
+    wish = os.environ.get("NEMOFLOW_CPU", "")
+    if wish not in ("", "0", "1"):
+        raise ValueError(f"NEMOFLOW_CPU={wish}: must be 1 (use the CPU), 0 (do not) or unset (find out)")
+    if wish:
+        return wish == "1"
+    if any(importlib.util.find_spec(name) is None for name in ("transformer_engine", "mamba_ssm")):
+        return True
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def enable() -> None:
+    """Stand in for the GPU and for the libraries that need one. Before the first import of Megatron."""
+    import torch
+
+    from nemoflow.cpu import device, standins
+
+    # Megatron-Core compiles small functions as it is imported. The compiler asks CUDA for its GPUs, and here is no gain.
+    torch.compile = lambda function=None, **_: function or (lambda function: function)
+    standins.install()
+    device.redirect()
+
+
+def patch(training: bool = True) -> None:
+    """Patch what refuses a CPU. After `enable`, before a model is built; `training=False` when nothing will be trained."""
+    from nemoflow.cpu import patches
+
+    patches.models()
+    patches.random_states()
+    patches.checkpoints()
+    if training:
+        patches.training()
+
+
+# Settings that name a CUDA kernel, a CUDA-only way to overlap or recompute, or a communicator; never a result.
+MODEL = {
+    "transformer_impl": "local",
+    "sequence_parallel": False,
+    "tensor_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_flex_dispatcher_backend": None,
+    "moe_shared_expert_overlap": False,
+    "gradient_accumulation_fusion": False,
+    "use_fused_weighted_squared_relu": False,
+    "cross_entropy_loss_fusion": False,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "persist_layer_norm": False,
+    "recompute_granularity": None,
+    "recompute_modules": None,
+    "cuda_graph_impl": "none",
+    "cuda_graph_modules": [],
+    "use_te_rng_tracker": False,
+}
+
+
+def adapt_model(model) -> None:
+    """Take from a model provider the kernels a CPU does not have. In place."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    for name, value in MODEL.items():
+        setattr(model, name, value)
+    model.attention_backend = AttnBackend.auto
+
+
+def adapt(config) -> None:
+    """Take from a ConfigContainer the kernels, overlaps and communicators a CPU does not have. In place.
+
+    The distributed optimizer trains on gloo but does not resume, and its result is the plain one's; parallel sizes over 1
+    need what gloo lacks, pipeline and expert parallelism aside, which are left as asked for by the number of processes.
+    """
+    adapt_model(config.model)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(config.model, name) > processes:
+            setattr(config.model, name, 1)
+    if config.model.expert_model_parallel_size > 1:
+        config.model.moe_token_dispatcher_type = "allgather"  # gloo's all-to-all refuses the split sizes it is given
+    config.rng.te_rng_tracker = False
+    config.comm_overlap = None
+    config.env_vars = {}
+    config.dist.distributed_backend = "gloo"
+    config.dist.disable_jit_fuser = True
+    for section in (config.ddp, config.optimizer):
+        section.use_distributed_optimizer = False
+        section.overlap_param_gather = False
+    config.ddp.overlap_grad_reduce = False
+    config.ddp.average_in_collective = False
+    config.dataset.num_workers = 0
+    config.dataset.persistent_workers = False
+    config.dataset.pin_memory = False
+    config.checkpoint.async_save = False

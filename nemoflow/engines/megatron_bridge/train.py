@@ -1,0 +1,150 @@
+"""Train a stage with Megatron-Bridge, pretraining or SFT: python -m nemoflow.engines.megatron_bridge.train REQUEST.json
+
+On GPUs started by torchrun or srun, one process per GPU; on a machine without any, a single process with the device shim.
+
+The request (every path absolute):
+    kind            "pretrain" or "sft"
+    function        dotted name of a recipe function of Megatron-Bridge
+    overrides       {"section.key": value}
+    tokenizer       directory of a Hugging Face tokenizer
+    data            pretrain: {"train": [[prefix, weight], ...], "valid": ...}; sft: {"train": file, "valid": file or null,
+                    "pack_size": tokens} of packed parquet
+    init            null, or {"checkpoint": .../iter_0000060, "at": 60, "carry": "all" or "weights"}
+    start           iteration the stage begins after: init's `at` under carry all, else 0
+    horizon, stop   iteration at which schedule and data end; iteration after which this run leaves, with a checkpoint
+    wanted          iterations to keep a checkpoint of, besides every `save_interval`-th
+    wanted_directory  optional: a directory whose file names are more of them, looked at after every iteration
+    checkpoints     directory to save in, and to go on from
+    cache           directory for index caches
+    metrics         file to append {"iteration", "loss", "lr", "grad_norm", "seconds", "tokens"} and {"iteration",
+                    "valid_loss"} to, a line each; `tokens` counts those of this stage, in SFT the padding included
+    config          file for the resolved configuration
+
+Foreseeable failures are one line on stderr, starting with "nemoflow: error: ", and exit code 1.
+"""
+
+import errno
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from nemoflow import cpu
+from nemoflow.engines.megatron_bridge import checkpoints
+from nemoflow.errors import NemoflowError
+
+
+def main(arguments: list[str]) -> int:
+    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    try:
+        run(request)
+    except NemoflowError as error:
+        return _fail(str(error))
+    except Exception as error:
+        known = explain(error, request)
+        if known is None:
+            raise
+        return _fail(known)
+    return 0
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print(f"nemoflow: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 1
+
+
+def explain(error: BaseException, request: dict) -> str | None:
+    """What a foreseeable exception of the libraries means, in one sentence; None for any other."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    for each in seen:
+        if isinstance(each, NemoflowError):
+            return str(each)
+        if getattr(each, "errno", None) == errno.ENOSPC or "No space left on device" in str(each):
+            return f"no space left on the disk of {request['checkpoints']}; free some and run again"
+        if getattr(each, "errno", None) == errno.EDQUOT:
+            return f"disk quota exceeded at {request['checkpoints']}; free some and run again"
+    return None
+
+
+def run(request: dict) -> None:
+    """Train until `stop`, from the newest complete checkpoint of the stage, else from its init, else from nothing."""
+    own, first = Path(request["checkpoints"]), os.environ.get("RANK", "0") == "0"
+    if first:
+        own.mkdir(parents=True, exist_ok=True)
+        for left in checkpoints.remove_incomplete(own):
+            print(f"removed {left}: its save was interrupted", flush=True)
+    complete = checkpoints.states(own)
+    init, reached = request["init"], max(complete, default=request["start"])
+    if complete and reached >= request["stop"]:
+        return
+    if complete:
+        load = complete[reached]
+    else:
+        load = Path(init["checkpoint"]) if init else None
+    if init and init["carry"] not in ("all", "weights"):
+        raise NemoflowError(f"init.carry: {init['carry']}: this engine carries `all` or `weights`")
+    if load:
+        checkpoints.check(load)
+    if first:
+        forget(Path(request["metrics"]), after=reached if complete else None)
+
+    environment()
+    if cpu.needed():
+        cpu.enable()
+    # Everything from here on imports Megatron, which takes seconds and must follow the shim.
+    import megatron.bridge.training.pretrain as trainer
+    import torch
+    from megatron.bridge.training.gpt_step import forward_step
+
+    if cpu.needed():
+        cpu.patch()
+    from nemoflow.engines.megatron_bridge import config, data, loop
+
+    settings = config.build(request, load)
+    if first:
+        config.record(settings, Path(request["config"]))
+
+    consumed = 0
+    if request["start"]:
+        state = torch.load(Path(init["checkpoint"]) / "train_state.pt", weights_only=True)
+        consumed = int(state["consumed_train_samples"])
+    validation = settings.validation
+    batch = validation.eval_global_batch_size or settings.train.global_batch_size
+    make = data.provider(trainer.get_dataset_provider(settings.dataset), consumed, validation.eval_iters * batch)
+    trainer.get_dataset_provider = lambda dataset: make
+    hooks = loop.Hooks(request, reached, consumed, validation.eval_iters * batch)
+    trainer.train = loop.train_between(trainer.train, hooks)
+    trainer.pretrain(settings, forward_step, callbacks=[hooks])
+
+
+def environment() -> None:
+    """What must be set before the libraries are imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # data, tokenizer and model are files; nothing is fetched here
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "MASTER_PORT" not in os.environ:  # not under torchrun: two runs on a machine must not share the default port
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def forget(metrics: Path, after: int | None) -> None:
+    """Drop from `metrics` what was measured after iteration `after` (None: everything), and a line cut off by a kill."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if after is not None and json.loads(line)["iteration"] <= after]
+    if kept != lines:
+        temporary = metrics.with_name(f".{metrics.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.rename(metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
