@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nemoflow import kinds
+from nemoflow import kinds, summary
 from nemoflow.errors import NemoflowError
 from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
 from nemoflow.store import write_atomically as write
@@ -206,12 +206,6 @@ def build(make: Callable[..., dict]) -> Callable[[Job], None]:
     return work
 
 
-def _summary(record: dict) -> str:
-    """What a sealed record measures, in a few words."""
-    shown = {k: v for k, v in record["measures"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in shown.items())
-
-
 def run(work: Callable[[Job], None], description: str, argv: list[str] | None = None) -> None:
     """The main function of every script: do `work` for the frozen stage of the command line, once.
 
@@ -244,7 +238,7 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
                 record = stage.sealed(args.at)
                 if record is None:
                     raise NemoflowError(f"{stage.state(args.at)}: the job ended without sealing its artifact")
-                job.say(f"done in {time.monotonic() - begun:.0f} s: {_summary(record)}")
+                job.say(f"done in {time.monotonic() - begun:.0f} s: {summary.line(record)}")
             publish(stage.state(args.at))
     except NemoflowError as error:
         _fail(say, job, str(error))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemoflow import kinds
+from nemoflow import kinds, summary
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
 from nemoflow.stages import VIEWS, Recipe, Target
@@ -171,7 +171,16 @@ class Session:
             for stage, at in self.store.ancestors(target.stage.identity, target.at):
                 if (stage.identity, at) not in seen and (sealed := stage.sealed(at)):
                     seen.add((stage.identity, at))
-                    rows.append((self.title(stage.identity, at), *_measured(stage, sealed), str(stage.state(at))))
+                    count = summary.tokens(sealed)
+                    rows.append(
+                        (
+                            self.title(stage.identity, at),
+                            "" if count is None else f"{count:,}",
+                            summary.result(sealed),
+                            _seconds(stage),
+                            str(stage.state(at)),
+                        )
+                    )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = [
             f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]:>{widths[3]}}  {r[4]}" for r in rows
@@ -209,26 +218,10 @@ def _titles(recipe: Recipe) -> dict[str, str]:
     return titles
 
 
-def _measured(stage: Stage, sealed: dict) -> tuple[str, str, str]:
-    """(tokens, loss or reward, seconds) of a finished artifact, as text; empty where it has none."""
-    found = sealed["measures"]
-    tokens = found.get("tokens", "")
-    if isinstance(tokens, dict):
-        tokens = sum(tokens.values())
-    if "reward" in found:
-        result = f"reward {found['reward_first']:.2f} -> {found['reward']:.2f}"
-    elif "valid_loss" in found:
-        result = f"valid loss {found['valid_loss_first']:.2f} -> {found['valid_loss']:.2f}"
-    elif "loss" in found:
-        result = f"loss {found['loss']:.2f}"
-    else:
-        result = ", ".join(
-            f"{found[k]:,} {k}" for k in ("documents", "rows", "chats", "parameters") if isinstance(found.get(k), int)
-        )
-    seconds = ""
-    if (run := stage.directory / "run.json").exists():
-        seconds = f"{sum(a.get('seconds', 0) for a in read_json(run)['attempts']):.0f}"
-    return (f"{tokens:,}" if tokens != "" else "", result, seconds)
+def _seconds(stage: Stage) -> str:
+    """Wall time of all attempts; empty where no record of them is left."""
+    path = stage.directory / "run.json"
+    return f"{sum(a.get('seconds', 0) for a in read_json(path)['attempts']):.0f}" if path.exists() else ""
 
 
 def shown(path: Path) -> dict[str, str] | None:

@@ -1,0 +1,27 @@
+"""What a sealed artifact measured, in a few words for people."""
+
+
+def tokens(record: dict) -> int | None:
+    """Tokens to train on in data, trained on in a state; None where there are none."""
+    found = record["measures"].get("tokens")
+    return found.get("train") if isinstance(found, dict) else found
+
+
+def result(record: dict) -> str:
+    """Loss or reward of a state, otherwise how much there is of what."""
+    found = record["measures"]
+    if "reward" in found:
+        return f"reward {found['reward_first']:.2f} -> {found['reward']:.2f}"
+    if "valid_loss" in found:
+        return f"valid loss {found['valid_loss_first']:.2f} -> {found['valid_loss']:.2f}"
+    if "loss" in found:
+        return f"loss {found['loss']:.2f}"
+    counted = {k: found[k] for k in ("documents", "chats", "rows", "parameters", "vocab_size") if k in found}
+    numbers = {k: v["train"] if isinstance(v, dict) else v for k, v in counted.items()}
+    return ", ".join(f"{v:,} {'tokens known' if k == 'vocab_size' else k}" for k, v in list(numbers.items())[:1])
+
+
+def line(record: dict) -> str:
+    """Both in one line."""
+    count = tokens(record)
+    return ", ".join(part for part in (f"{count:,} tokens" if count is not None else "", result(record)) if part)
