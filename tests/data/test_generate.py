@@ -1,4 +1,5 @@
 import json
+import pdb
 import re
 import subprocess
 import sys
@@ -129,8 +130,14 @@ def test_bad_payloads_are_refused_before_anything_is_written(out, payload, messa
     assert not list(out.iterdir())
 
 
-def test_an_interpreter_without_docstrings_is_refused():
-    code = "from nemoflow.data import generate; list(generate.stdlib_docstrings(0))"
-    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "has no docstrings; start it without" in done.stderr
+def test_the_documentation_is_the_interpreters_whatever_was_done_to_this_process(out):
+    """Libraries patch the standard library as they are imported: pytest replaces pdb.set_trace."""
+    assert pdb.set_trace.__module__ != "pdb"
+    make(out, generator="stdlib_docstrings")
+    assert any(row["text"].startswith("pdb.set_trace\n") for row in rows(out))
+
+
+def test_optimised_away_docstrings_are_found_all_the_same(made):
+    code = "from nemoflow.data.generate import stdlib_docstrings as f; print(sum(len(row['text']) for row in f(0)))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == sum(len(row["text"]) for row in rows(made["stdlib_docstrings"]))
