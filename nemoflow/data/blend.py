@@ -57,5 +57,5 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
                 weight = Fraction(part["share"]) * Fraction(entry["tokens"], tokens)
                 blend[split].append([f"../../shards/{shards.name}/{entry['prefix']}", str(weight)])
     (out / "blend.json").write_text(json.dumps(blend, indent=1) + "\n", encoding="utf-8")
-    progress(f"blend: {counts['tokens']['train']:,} tokens to train on, {counts['tokens']['valid']:,} to validate")
+    progress(f"{counts['tokens']['train']:,} tokens to train on, {counts['tokens']['valid']:,} to validate")
     return counts

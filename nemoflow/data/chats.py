@@ -307,7 +307,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     train, validation = (
         chats[name].write(out / FILES[name], payload["pack_size"], payload["seed"]) for name in ("train", "valid")
     )
-    progress(f"chats: {train['chats']:,} in {train['packs']:,} packs, {train['fill']:.1%} full")
+    progress(f"{train['chats']:,} chats in {train['packs']:,} packs, {train['fill']:.1%} full")
     return {
         "train": train,
         "validation": validation,

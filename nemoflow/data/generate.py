@@ -159,5 +159,5 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     with Shards(out, payload["shards"]) as shards:
         for row in GENERATORS[name](payload["seed"], **payload["args"]):
             shards.write(dump(row))
-    progress(f"{name}: {shards.rows:,} documents, {shards.bytes / 1e6:.2f} MB in {payload['shards']} shards")
+    progress(f"{shards.rows:,} documents, {shards.bytes / 1e6:.2f} MB in {payload['shards']} shards")
     return {"documents": shards.rows, "bytes": shards.bytes}

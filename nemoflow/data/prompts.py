@@ -67,7 +67,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     broken.check(sum(counts.values()) + broken.count, payload["max_broken"])
     if not counts["train"]:
         raise NemoflowError(f"{inputs['sources'][0]}: no row to train on; there are no usable prompts")
-    progress(f"prompts: {counts['train']:,} to train on, {counts['valid']:,} to validate")
+    progress(f"{counts['train']:,} to train on, {counts['valid']:,} to validate")
     return {
         "rows": {"train": counts["train"], "validation": counts["valid"]},
         "agents": dict(sorted(agents.items())),

@@ -149,7 +149,7 @@ def _train(payload: dict, sources: list[Path], progress: Callable[[str], None]) 
             f"({seen['bytes']:,} bytes) give only {size}; train on more text or lower vocab_size"
         )
     seen["broken"] = broken.measures()
-    progress(f"tokenizer: {size:,} tokens from {seen['documents']:,} texts, {seen['bytes'] / 1e6:.2f} MB")
+    progress(f"{size:,} tokens from {seen['documents']:,} texts, {seen['bytes'] / 1e6:.2f} MB")
     return engine, seen
 
 
@@ -175,7 +175,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
             known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
             raise NemoflowError(f"tokenizer: chat_template: {payload['chat_template']!r} is unknown; known: {known}")
         engine, measures["trained_on"] = _train(payload, inputs["sources"], progress)
-        engine.save(str(out / "tokenizer.json"))
+        (out / "tokenizer.json").write_text(engine.to_str(pretty=True) + "\n", encoding="utf-8")
         config = {
             "add_bos_token": False,
             "add_eos_token": False,

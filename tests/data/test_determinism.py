@@ -15,6 +15,14 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
+def test_nothing_heavy_is_imported():
+    """Importing torch or transformers takes longer than all of this work."""
+    modules = "blend, chats, generate, local, prompts, shards, tokenizer"
+    code = f"import sys; from nemoflow.data import {modules}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "megatron", "pandas", "snakemake"} & set(done.stdout.split())
+
+
 def test_two_runs_from_nothing_are_byte_identical(tmp_path):
     surroundings = [
         {"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1", "LC_ALL": "C", "TZ": "UTC"},
