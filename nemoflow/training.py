@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -264,7 +265,7 @@ def _reason(log: Path) -> str | None:
     if said:
         return said[-1].removeprefix(ERROR_PREFIX)
     last = next((line for line in reversed(lines) if line.strip()), None)
-    return f"the trainer failed: {last.strip()}" if last else None
+    return f"the trainer failed: {textwrap.shorten(last, 300)}" if last else None
 
 
 def train(job: Job) -> None:

@@ -121,6 +121,12 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
     if load is not None:
         if init and init["carry"] == "weights" and load == Path(init["checkpoint"]):
             checkpoint.pretrained_checkpoint = str(load)
+            # The optimizer stays behind, which "raise_all" would call missing; that the checkpoint has no layer more
+            # than the model is seen to by comparing the two architectures (_fit).
+            checkpoint.dist_ckpt_strictness = "raise_unexpected"
+            # The checkpoint has optimizer states that are not asked for, so only what is asked for must be there; that it
+            # has no other weights than these was seen to by comparing the architectures.
+            checkpoint.dist_ckpt_strictness = "raise_unexpected"
         else:
             checkpoint.load = str(load)
     if sft and not request["data"]["valid"]:
