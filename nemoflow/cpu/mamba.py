@@ -1,13 +1,16 @@
 """Mamba-2 in plain PyTorch: the functions of `mamba_ssm` that Megatron-Core's training path calls, with their signatures.
 
 The kernels of `mamba_ssm` are Triton programs and need a GPU. These are the same sums written with tensor operations,
-in float32, differentiable by autograd. Shapes use b batch, l length, h heads, p head dimension, g groups, n state
+in float32, differentiable by autograd. Shapes use b batch, l length, h heads, p head dimension, g groups (of r heads each), n state
 dimension, c chunks, q positions of a chunk. The algorithm is the block decomposition of state-space duality in
 Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6.
 """
 
 import torch
 import torch.nn.functional as F
+
+CHUNK = 32
+"""Longest chunk. The result does not depend on it; work within a chunk grows with its square, and a CPU has no tiles to fill."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -85,39 +88,38 @@ def mamba_chunk_scan_combined(
     """
     if seq_idx is not None and (initial_states is not None or return_final_states):
         raise NotImplementedError("states at the ends of a packed row belong to no single sequence")
-    dtype, length, heads = x.dtype, x.shape[1], x.shape[2]
+    dtype, length, groups = x.dtype, x.shape[1], B.shape[2]
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
-    repeat = heads // B.shape[2]
-    B, C = (t.float().repeat_interleave(repeat, 2) for t in (B, C))
-    step, log_decay = x.float() * dt[..., None], dt * A.float()
+    q = length if seq_idx is not None else min(chunk_size, CHUNK, length)
 
-    q = length if seq_idx is not None else min(chunk_size, length)
-    pad = -length % q
-    if pad:
-        step, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (step, B, C))
-        log_decay = F.pad(log_decay, (0, 0, 0, pad))
-    step, B, C = (t.unflatten(1, (-1, q)) for t in (step, B, C))  # b c q h .
-    log_decay = log_decay.unflatten(1, (-1, q)).permute(0, 3, 1, 2)  # b h c q
+    def chunked(t, *dims):
+        """(b, l, ...) with the third dimension split in groups -> (b, c, g, ..., q, .), the last chunk filled with 0."""
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -length % q)).unflatten(1, (-1, q))
+        return t.unflatten(3, (groups, -1)).permute(dims).contiguous()
+
+    step = chunked(x.float() * dt[..., None], 0, 1, 3, 4, 2, 5)  # b c g r q p, with h = g r heads
+    log_decay = chunked(dt * A.float(), 0, 1, 3, 4, 2)  # b c g r q
+    B, C = (chunked(t.float(), 0, 1, 3, 4, 2, 5) for t in (B, C))  # b c g 1 q n
     within = _decay(log_decay)
     if seq_idx is not None:
-        within = within * (seq_idx[:, None, None, :, None] == seq_idx[:, None, None, None, :])
-    # Pairwise, so that no five-dimensional product is ever built: (C B) weighted by the decay, then times the input.
-    y = torch.einsum("bcqhn,bcshn->bhcqs", C, B) * within
-    y = torch.einsum("bhcqs,bcshp->bcqhp", y, step)
+        within = within * (seq_idx[:, :, None] == seq_idx[:, None, :])[:, None, None, None]
+    y = (C @ B.transpose(-1, -2) * within) @ step
 
     final = None
     if seq_idx is None:
         total = log_decay.cumsum(-1)
-        to_end = (total[..., -1:] - total).exp()
-        states = torch.einsum("bcshn,bcshp->bchpn", B * to_end.permute(0, 2, 3, 1)[..., None], step)
-        first = torch.zeros_like(states[:, :1]) if initial_states is None else initial_states.float()[:, None]
-        states = torch.cat([first, states], 1)
-        between = _decay(F.pad(total[..., -1], (1, 0)))  # b h c+1 c+1
-        states = torch.einsum("bhzc,bchpn->bzhpn", between, states)
-        states, final = states[:, :-1], states[:, -1]
-        y = y + torch.einsum("bcqhn,bchpn->bcqhp", C * total.exp().permute(0, 2, 3, 1)[..., None], states)
-    y = y.flatten(1, 2)[:, :length]
+        to_end = (total[..., -1:] - total).exp()[..., None]
+        states = B.transpose(-1, -2) @ (step * to_end)  # b c g r n p, what each chunk adds
+        if initial_states is None:
+            first = torch.zeros_like(states[:, :1])
+        else:
+            first = initial_states.float().unflatten(1, (groups, -1)).transpose(-1, -2)[:, None]
+        between = _decay(F.pad(total[..., -1].movedim(1, -1), (1, 0)))  # b g r c+1 c+1
+        states = torch.einsum("bgrzc,bcgrnp->bzgrnp", between, torch.cat([first, states], 1))
+        states, final = states[:, :-1], states[:, -1].transpose(-1, -2).flatten(1, 2)
+        y = y + (C @ states) * total.exp()[..., None]
+    y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]
     if D is not None:
         y = y + x.float() * (D.float() if D.dim() == 2 else D.float()[:, None])
     if z is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from nemoflow.errors import NemoflowError
 
 COMPLETE = "complete.json"
-REQUIRED = (".metadata", "metadata.json", "common.pt", "train_state.pt", "run_config.yaml")
+REQUIRED = (".metadata", "metadata.json", "train_state.pt", "run_config.yaml")
 """What every torch_dist checkpoint of a training run has, whoever wrote it."""
 
 _NAME = re.compile(r"iter_(\d{7,})")
