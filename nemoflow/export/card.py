@@ -7,12 +7,14 @@ import yaml
 
 _MEASURES = {
     "documents": "documents",
+    "chats": "chats",
+    "rows": "rows",
     "tokens": "tokens",
     "vocab_size": "vocabulary",
     "iterations": "iterations",
     "parameters": "parameters",
 }
-"""Measures shown in the lineage, and what they are called there."""
+"""Measures shown in the lineage, and what they are called there. Of one that is given by split, the training split's."""
 
 
 def text(config: dict, measures: dict, lineage: list[dict], chat: bool) -> str:
@@ -136,8 +138,9 @@ def _data(sources: list[dict]) -> str:
 def _lineage(lineage: list[dict]) -> str:
     rows = []
     for record in lineage:
-        shown = [(name, record["measures"].get(name)) for name in _MEASURES]
-        said = [f"{v:,} {_MEASURES[n]}" for n, v in shown if isinstance(v, int)]
+        shown = {name: record["measures"].get(name) for name in _MEASURES}
+        shown = {name: value.get("train") if isinstance(value, dict) else value for name, value in shown.items()}
+        said = [f"{value:,} {_MEASURES[name]}" for name, value in shown.items() if isinstance(value, int)]
         identity = f"`{record['identity']}`" + (f" at {record['at']}" if "at" in record else "")
         rows.append((record["kind"], record["label"], identity, ", ".join(said)))
     return _table(("kind", "label", "identity", "measures"), rows)

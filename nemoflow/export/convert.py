@@ -65,13 +65,13 @@ def check_megatron(checkpoint: Path) -> None:
 
     The distributed loader's own errors for a file that is cut off are many and unclear, and some name no file.
     """
-    from torch.distributed.checkpoint import FileSystemReader
-
     for name in _MEGATRON_FILES:
         if not (checkpoint / name).is_file():
             raise NemoflowError(
                 f"{checkpoint}: {name} is missing; a complete iter_* directory of Megatron-Bridge is wanted"
             )
+    from torch.distributed.checkpoint import FileSystemReader
+
     try:
         stored = FileSystemReader(checkpoint).read_metadata().storage_data
         json.loads((checkpoint / "metadata.json").read_text(encoding="utf-8"))
@@ -210,7 +210,7 @@ def main(engine: str, checkpoint: Path, tokens: dict[str, int], dtype: str, out:
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
     if on_cpu:
-        cpu.patch()
+        cpu.patch(training=False)
     with temporary_distributed_context(backend="gloo"):
         write(*from_megatron(checkpoint, tokens), dtype, out)
 
