@@ -5,12 +5,16 @@
     cpu.patch()              once, after
     cpu.adapt(config)        on the ConfigContainer of a recipe, after its overrides
 
-Everything that differs between a CPU and a GPU run is in this package. It changes how numbers are computed, never which:
-precision, model, data and schedule are the recipe's own settings.
+Everything that differs between a CPU and a GPU run is in this package. It changes how numbers are computed, never
+which: precision, model, data and schedule are the recipe's own settings.
 """
 
 import importlib.util
 import os
+
+THREADS = 2
+"""Threads of a process, unless NEMOFLOW_CPU_THREADS says otherwise. Sums are split among threads, so their last digits
+depend on the number: it must not follow from the machine, nor from the cores a workflow was given this time."""
 
 
 def needed() -> bool:
@@ -36,14 +40,15 @@ def enable() -> None:
 
     from nemoflow.cpu import device, standins
 
-    # Megatron-Core compiles small functions as it is imported. The compiler asks CUDA for its GPUs, and here is no gain.
+    # Megatron-Core compiles small functions as it is imported, for which the compiler would ask CUDA for its GPUs.
     torch.compile = lambda function=None, **_: function or (lambda function: function)
+    torch.set_num_threads(int(os.environ.get("NEMOFLOW_CPU_THREADS", THREADS)))
     standins.install()
     device.redirect()
 
 
 def patch(training: bool = True) -> None:
-    """Patch what refuses a CPU. After `enable`, before a model is built; `training=False` when nothing will be trained."""
+    """Patch what refuses a CPU. After `enable`, before a model is built; `training=False` where nothing is trained."""
     from nemoflow.cpu import patches
 
     patches.models()
@@ -93,8 +98,8 @@ def adapt_model(model) -> None:
 def adapt(config) -> None:
     """Take from a ConfigContainer the kernels, overlaps and communicators a CPU does not have. In place.
 
-    The distributed optimizer trains on gloo but does not resume, and its result is the plain one's; parallel sizes over 1
-    need what gloo lacks, pipeline and expert parallelism aside, which are left as asked for by the number of processes.
+    The distributed optimizer trains on gloo but does not resume, and its result is the plain one's. Parallel sizes over
+    1 need what gloo lacks, except pipeline and expert parallelism, which stay where there are processes enough.
     """
     adapt_model(config.model)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -17,7 +17,7 @@ def _is_cuda(value) -> bool:
 
 
 class CudaToCpu(torch.overrides.TorchFunctionMode):
-    """Every torch call that names a CUDA device runs on the CPU; pinned memory, which needs a driver, is not asked for."""
+    """Every torch call that names a CUDA device runs on the CPU, without pinned memory, which needs a driver."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,8 +1,8 @@
-"""Mamba-2 in plain PyTorch: the functions of `mamba_ssm` that Megatron-Core's training path calls, with their signatures.
+"""Mamba-2 in plain PyTorch: what Megatron-Core's training path calls of `mamba_ssm`, with the same signatures.
 
 The kernels of `mamba_ssm` are Triton programs and need a GPU. These are the same sums written with tensor operations,
-in float32, differentiable by autograd. Shapes use b batch, l length, h heads, p head dimension, g groups (of r heads each), n state
-dimension, c chunks, q positions of a chunk. The algorithm is the block decomposition of state-space duality in
+in float32, differentiable by autograd. Shapes use b batch, l length, h heads, p head dimension, g groups of r heads,
+n state dimension, c chunks, q positions of a chunk. The algorithm is the block decomposition of state-space duality in
 Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 32
-"""Longest chunk. The result does not depend on it; work within a chunk grows with its square, and a CPU has no tiles to fill."""
+"""Longest chunk. The result does not depend on it; the work grows with it, and a CPU has no tiles to fill."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -94,7 +94,7 @@ def mamba_chunk_scan_combined(
     q = length if seq_idx is not None else min(chunk_size, CHUNK, length)
 
     def chunked(t, *dims):
-        """(b, l, ...) with the third dimension split in groups -> (b, c, g, ..., q, .), the last chunk filled with 0."""
+        """(b, l, h or g, ...) -> (b, c, q, g, r, ...), the last chunk filled with zeros, in the order `dims`."""
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -length % q)).unflatten(1, (-1, q))
         return t.unflatten(3, (groups, -1)).permute(dims).contiguous()
 

@@ -1,7 +1,7 @@
-"""What in Megatron refuses a CPU whatever the device API says: each patch, what it is for, the private names it reaches.
+"""What in Megatron refuses a CPU whatever the device API says: each patch, its reason, the private names it reaches.
 
-Written against megatron-bridge 0.6.2 and megatron-core 0.19.2, whose versions are pinned; a newer release may move these
-names, and the tests of logit parity, packing and resuming are what would notice.
+Written against megatron-bridge 0.6.2 and megatron-core 0.19.2, whose versions are pinned; a newer release may move
+these names, and the tests of logit parity, packing and resuming are what would notice.
 """
 
 import functools
@@ -74,8 +74,8 @@ def checkpoints() -> None:
 def training() -> None:
     """`pretrain` starts without CUDA and seeds the model-parallel RNG states.
 
-    `setup` insists on CUDA unless `allow_no_cuda` is passed, which it never passes; `_set_random_seed` skips the tracker
-    when there are no GPUs; `compile_helpers` runs make, which an installed wheel has neither need nor Makefile for.
+    `setup` insists on CUDA unless `allow_no_cuda` is passed, which it never passes; `_set_random_seed` skips the
+    tracker when there are no GPUs; `compile_helpers` runs make, and an installed wheel has no Makefile and no need.
     """
     import megatron.bridge.training.initialize as initialize
     import megatron.bridge.training.setup as setup

@@ -1,10 +1,10 @@
 """Which of a trajectory's checkpoints are complete. Imports no torch.
 
-Megatron writes a checkpoint into `iter_<N>` file by file: the tensors, their index, the counters, then the tracker in the
-parent directory, and only after the tracker the run's configuration. A kill can fall between any two of these, or in the
-middle of one, so neither a file's presence nor the tracker proves a checkpoint. Hence a file of our own, `complete.json`,
-renamed into place after Megatron's save has returned: the names and sizes of all files, and the digest of the index. A
-checkpoint is complete when it is there, and sound when every file still has its size.
+Megatron writes a checkpoint into `iter_<N>` file by file: the tensors, their index, the counters, then the tracker in
+the parent directory, and only after the tracker the run's configuration. A kill can fall between any two of these, or
+in the middle of one, so neither a file's presence nor the tracker proves a checkpoint. Hence a file of our own,
+`complete.json`, renamed into place after Megatron's save has returned: the names and sizes of all files, and the digest
+of the index. A checkpoint is complete when it is there, and sound when every file still has its size.
 """
 
 import hashlib
@@ -46,15 +46,16 @@ def iteration(checkpoint: Path) -> int:
 
 def states(checkpoints: Path) -> dict[int, Path]:
     """Iteration -> directory of every complete checkpoint in `checkpoints`, in order. Empty when there is none."""
-    found = {
-        iteration(p): p for p in checkpoints.glob("iter_*") if _NAME.fullmatch(p.name) and (p / COMPLETE).is_file()
-    }
-    return dict(sorted(found.items()))
+    return {iteration(p): p for p in _directories(checkpoints) if (p / COMPLETE).is_file()}
+
+
+def _directories(checkpoints: Path) -> list[Path]:
+    return sorted((p for p in checkpoints.glob("iter_*") if _NAME.fullmatch(p.name)), key=iteration)
 
 
 def remove_incomplete(checkpoints: Path) -> list[Path]:
     """Delete what a killed save has left, since Megatron would write into it. Only under the stage's lock."""
-    left = [p for p in sorted(checkpoints.glob("iter_*")) if _NAME.fullmatch(p.name) and not (p / COMPLETE).is_file()]
+    left = [p for p in _directories(checkpoints) if not (p / COMPLETE).is_file()]
     for path in left:
         shutil.rmtree(path)
     return left

@@ -124,9 +124,6 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
             # The optimizer stays behind, which "raise_all" would call missing; that the checkpoint has no layer more
             # than the model is seen to by comparing the two architectures (_fit).
             checkpoint.dist_ckpt_strictness = "raise_unexpected"
-            # The checkpoint has optimizer states that are not asked for, so only what is asked for must be there; that it
-            # has no other weights than these was seen to by comparing the architectures.
-            checkpoint.dist_ckpt_strictness = "raise_unexpected"
         else:
             checkpoint.load = str(load)
     if sft and not request["data"]["valid"]:
@@ -137,15 +134,15 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
 
 
 def _recipe(request: dict) -> ConfigContainer:
-    """What the recipe function returns. The model of an SFT is that of the checkpoint it starts from; no hub is asked."""
+    """What the recipe function returns. An SFT has the model of the checkpoint it starts from; no hub is asked."""
     function = _function(request["function"])
     if request["kind"] == "pretrain":
         return function()
     if not request["init"]:
         raise NemoflowError("init: an SFT starts from a checkpoint; give the stage an `init`")
     model, _ = load_model_config(request["init"]["checkpoint"])
-    hub = types.SimpleNamespace(to_megatron_provider=lambda **options: model)
-    with mock.patch.object(AutoBridge, "from_hf_pretrained", lambda *args, **options: hub):
+    hub = types.SimpleNamespace(to_megatron_provider=lambda **_: model)
+    with mock.patch.object(AutoBridge, "from_hf_pretrained", return_value=hub):
         return function()
 
 

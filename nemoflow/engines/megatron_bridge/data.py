@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 
 class Window(Dataset):
-    """`inner` seen at the indices start .. start + length - 1, from its first sample on, and again from there if shorter.
+    """`inner` seen at the indices start .. start + length - 1: from its first sample on, and round again if shorter.
 
     A negative index (the padding of an incomplete SFT batch) is handed on as it is. Raises IndexError below `start`.
     """

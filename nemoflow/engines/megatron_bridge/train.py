@@ -1,14 +1,14 @@
 """Train a stage with Megatron-Bridge, pretraining or SFT: python -m nemoflow.engines.megatron_bridge.train REQUEST.json
 
-On GPUs started by torchrun or srun, one process per GPU; on a machine without any, a single process with the device shim.
+On GPUs started by torchrun or srun, one process per GPU; on a machine without any, one process with the device shim.
 
 The request (every path absolute):
     kind            "pretrain" or "sft"
     function        dotted name of a recipe function of Megatron-Bridge
     overrides       {"section.key": value}
     tokenizer       directory of a Hugging Face tokenizer
-    data            pretrain: {"train": [[prefix, weight], ...], "valid": ...}; sft: {"train": file, "valid": file or null,
-                    "pack_size": tokens} of packed parquet
+    data            pretrain: {"train": [[prefix, weight], ...], "valid": the same}
+                    sft: {"train": file, "valid": file or null, "pack_size": tokens}, of packed parquet
     init            null, or {"checkpoint": .../iter_0000060, "at": 60, "carry": "all" or "weights"}
     start           iteration the stage begins after: init's `at` under carry all, else 0
     horizon, stop   iteration at which schedule and data end; iteration after which this run leaves, with a checkpoint
@@ -116,7 +116,7 @@ def run(request: dict) -> None:
     validation = settings.validation
     batch = validation.eval_global_batch_size or settings.train.global_batch_size
     make = data.provider(trainer.get_dataset_provider(settings.dataset), consumed, validation.eval_iters * batch)
-    trainer.get_dataset_provider = lambda dataset: make
+    trainer.get_dataset_provider = lambda _: make
     hooks = loop.Hooks(request, reached, consumed, validation.eval_iters * batch)
     trainer.train = loop.train_between(trainer.train, hooks)
     trainer.pretrain(settings, forward_step, callbacks=[hooks])
@@ -126,6 +126,7 @@ def environment() -> None:
     """What must be set before the libraries are imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # data, tokenizer and model are files; nothing is fetched here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared machine many times slower
     if "MASTER_PORT" not in os.environ:  # not under torchrun: two runs on a machine must not share the default port
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         with socket.socket() as probe:
@@ -134,7 +135,7 @@ def environment() -> None:
 
 
 def forget(metrics: Path, after: int | None) -> None:
-    """Drop from `metrics` what was measured after iteration `after` (None: everything), and a line cut off by a kill."""
+    """Drop what was measured after iteration `after` (None: everything), and a line cut off by a kill."""
     if not metrics.exists():
         return
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
