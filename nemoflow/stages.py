@@ -12,6 +12,7 @@ from types import ModuleType
 
 from nemoflow import kinds
 from nemoflow import recipe as grammar
+from nemoflow.data.generate import check_arguments
 from nemoflow.engines import engine, refuse
 from nemoflow.errors import NemoflowError
 from nemoflow.locks import Locks
@@ -96,6 +97,10 @@ class Recipe:
             if spec is None:
                 raise NemoflowError(f"{self.file}: {where}: no source {name!r}{_near(name, self.spec.sources)}")
             if isinstance(spec, grammar.Generated):
+                try:
+                    check_arguments(spec.generator, spec.args)
+                except NemoflowError as error:
+                    raise NemoflowError(f"{self.file}: sources.{name}.args: {error}") from None
                 self._sources[name] = self._add("source", python=self._python, **spec.model_dump())
             else:
                 settings = spec.model_dump(exclude={"files"})

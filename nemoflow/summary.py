@@ -3,8 +3,9 @@
 
 def tokens(record: dict) -> int | None:
     """Tokens to train on in data, trained on in a state; None where there are none."""
-    found = record["measures"].get("tokens")
-    return found.get("train") if isinstance(found, dict) else found
+    found = record["measures"]
+    found = found.get("tokens", found.get("train"))  # of all splits; packed chats measure each split apart
+    return found.get("train", found.get("tokens")) if isinstance(found, dict) else found
 
 
 def result(record: dict) -> str:
@@ -16,6 +17,7 @@ def result(record: dict) -> str:
         return f"valid loss {found['valid_loss_first']:.2f} -> {found['valid_loss']:.2f}"
     if "loss" in found:
         return f"loss {found['loss']:.2f}"
+    found = found | {k: v for k, v in found.get("train", {}).items() if k == "chats"}
     counted = {k: found[k] for k in ("documents", "chats", "rows", "parameters", "vocab_size") if k in found}
     numbers = {k: v["train"] if isinstance(v, dict) else v for k, v in counted.items()}
     return ", ".join(f"{v:,} {'tokens known' if k == 'vocab_size' else k}" for k, v in list(numbers.items())[:1])
