@@ -14,7 +14,7 @@ _MEASURES = {
     "iterations": "iterations",
     "parameters": "parameters",
 }
-"""Measures shown in the lineage, and what they are called there. Of one that is given by split, the training split's."""
+"""Measures shown in the lineage, and what they are called there; where they are given by split, those of training."""
 
 
 def text(config: dict, measures: dict, lineage: list[dict], chat: bool) -> str:
@@ -138,7 +138,8 @@ def _data(sources: list[dict]) -> str:
 def _lineage(lineage: list[dict]) -> str:
     rows = []
     for record in lineage:
-        shown = {name: record["measures"].get(name) for name in _MEASURES}
+        measures = record["measures"] | record["measures"].get("train", {})
+        shown = {name: measures.get(name) for name in _MEASURES}
         shown = {name: value.get("train") if isinstance(value, dict) else value for name, value in shown.items()}
         said = [f"{value:,} {_MEASURES[name]}" for name, value in shown.items() if isinstance(value, int)]
         identity = f"`{record['identity']}`" + (f" at {record['at']}" if "at" in record else "")
