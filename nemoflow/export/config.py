@@ -60,7 +60,6 @@ _FROM_CONFIG = (
     "time_step_max",
     "topk_group",
     "use_bias",
-    "use_cache",
     "use_conv_bias",
     "vocab_size",
 )
@@ -92,5 +91,6 @@ def published(config: Any, dtype: str) -> dict:
         "time_step_limit": [low, min(high, LARGEST) if math.isfinite(high) else LARGEST],
         "time_step_min": min(config.time_step_min, SMALLEST_STEP),
         "torch_dtype": dtype,
+        "use_cache": True,  # trainers turn it off, and save the config so
         "use_mamba_kernels": True,  # where they are installed; elsewhere transformers' torch path
     }
