@@ -9,6 +9,7 @@ Everything that differs between a CPU and a GPU run is in this package. It chang
 which: precision, model, data and schedule are the recipe's own settings.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -34,6 +35,7 @@ def needed() -> bool:
     return not torch.cuda.is_available()
 
 
+@functools.cache
 def enable() -> None:
     """Stand in for the GPU and for the libraries that need one. Before the first import of Megatron."""
     import torch
@@ -47,6 +49,7 @@ def enable() -> None:
     device.redirect()
 
 
+@functools.cache
 def patch(training: bool = True) -> None:
     """Patch what refuses a CPU. After `enable`, before a model is built; `training=False` where nothing is trained."""
     from nemoflow.cpu import patches
