@@ -123,7 +123,7 @@ class Job:
 
     def check_inputs(self) -> None:
         """Compare the inputs with what was sealed. Raises NemoflowError naming the file that is missing or differs."""
-        for directory in (d for paths in self.inputs().values() for d in paths):
+        for directory in (stage.state(at) for stage, at in self.stage.reads()):
             if not (directory / "sealed.json").exists():
                 raise NemoflowError(f"{directory}: is not finished (no sealed.json); run snakemake on the name again")
             contents = read_json(directory / "sealed.json")["contents"]

@@ -389,8 +389,8 @@ def _known_keys(location: tuple) -> list[str]:
 
 
 def _explain(error: ValidationError, data: dict, path: Path) -> str:
-    """The first error, in one line: file, key, value, fix."""
-    first = error.errors()[0]
+    """One error, in one line: file, key, value, fix. An unknown key first: it often is the one that is missing."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key, value = _where(first["loc"], data)
     match first["type"]:
         case "extra_forbidden":

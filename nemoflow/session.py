@@ -66,9 +66,9 @@ class Session:
     # -- for rules ---------------------------------------------------------------------------------------------------
 
     def inputs(self, identity: str, at: int | None = None) -> list[str]:
-        """The artifacts that a stage's rule waits for: its inputs, and the wanted state before `at`."""
+        """The artifacts that a stage's rule waits for: what it reads, and the wanted state before `at`."""
         stage = self.store.load(identity)
-        found = [Target(self.store.load(r.identity), r.at).artifact for r in kinds.inputs(stage.payload)]
+        found = [Target(*read).artifact for read in stage.reads()]
         earlier = [n for n in self._requested_states(identity) if at is not None and n < at]
         return [*found, Target(stage, max(earlier)).artifact] if earlier else found
 

@@ -136,13 +136,15 @@ class Recipe:
                         test=spec.data.test,
                     )
                     parts.append({"shards": shards, "share": share})
-                return self._add("blend", parts=parts)
+                # Sorted: the order of the keys in a recipe's mapping means nothing.
+                return self._add("blend", parts=sorted(parts, key=lambda part: part["shards"]))
             case grammar.Sft():
                 parts = [
                     {"source": self._source(name, f"{where}.chats"), **({"repeat": repeat} if repeat != 1 else {})}
                     for name, repeat in spec.data.chats.items()
                 ]
                 settings = spec.data.model_dump(exclude={"chats"})
+                parts.sort(key=lambda part: part["source"])
                 return self._add("chats", parts=parts, tokenizer=self.tokenizer, **settings)
             case grammar.Rl():
                 sources = [self._source(name, f"{where}.prompts") for name in spec.data.prompts]

@@ -87,6 +87,16 @@ class Stage:
         """The directory that holds sealed.json: the artifact's, or that of the trajectory's state `at`."""
         return self.directory / f"at-{at}" if self.trained else self.directory
 
+    def reads(self) -> list[tuple["Stage", int | None]]:
+        """The artifacts whose files a job of this stage reads: its inputs, and what a blend among them points into."""
+        found = []
+        for ref in kinds.inputs(self.payload):
+            stage = self.store.load(ref.identity)
+            found.append((stage, ref.at))
+            if stage.kind == "blend":
+                found += stage.reads()
+        return found
+
     def sealed(self, at: int | None = None) -> dict | None:
         """The record of the finished artifact or state; None while it is not finished."""
         path = self.state(at) / "sealed.json"

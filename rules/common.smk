@@ -32,11 +32,13 @@ def fail(message):
 
 
 def clearly(function, *args):
-    """The function's result; what a person did wrong ends the run with its message."""
+    """The function's result; what a person did wrong, or a full disk, ends the run with its message."""
     try:
         return function(*args)
     except NemoflowError as error:
         fail(error)
+    except OSError as error:
+        fail(f"{error.filename or STORE}: {error.strerror}")
 
 
 def begin():

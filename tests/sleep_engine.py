@@ -1,6 +1,7 @@
 """A trainer for tests of the graph: a file per checkpoint and a line of metrics per iteration, and no model.
 
-The recipe's overrides steer it: sleep.seconds per iteration, sleep.fail_at an iteration to fail at.
+The recipe's overrides steer it, without being identity: sleep.seconds per iteration, sleep.fail_at an iteration to
+fail at, sleep.end_at one to end at without a word, sleep.bytes the size of a checkpoint.
 """
 
 import json
@@ -17,7 +18,7 @@ def check(overrides, where):
 
 
 def outside(key):
-    return key in {"sleep.seconds", "sleep.fail_at"}
+    return key in {"sleep.seconds", "sleep.fail_at", "sleep.end_at", "sleep.bytes"}
 
 
 def tokens_per_iteration(overrides):
@@ -44,12 +45,15 @@ def main(request: dict):
         for n in range(done + 1, request["stop"] + 1):
             if n == settings.get("sleep.fail_at"):
                 sys.exit(f"nemoflow: error: told to fail at {n}")
+            if n == settings.get("sleep.end_at"):
+                sys.exit(0)
             time.sleep(settings.get("sleep.seconds", 0))
             metrics.write(json.dumps({"iteration": n, "loss": 10 / n, "tokens": n * 100}) + "\n")
             metrics.flush()
             if n in request["wanted"] or n % request["save_interval"] == 0:
                 (checkpoints / f".{n}").mkdir(exist_ok=True)
-                (checkpoints / f".{n}" / "weights").write_text(json.dumps([request["init"], settings, n]))
+                weights = json.dumps([request["init"], settings, n])
+                (checkpoints / f".{n}" / "weights").write_text(weights.ljust(settings.get("sleep.bytes", 0)))
                 (checkpoints / f".{n}").rename(checkpoints / str(n))
 
 
