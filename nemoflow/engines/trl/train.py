@@ -4,6 +4,7 @@ Trains from the newest complete checkpoint, or from the model, up to the step as
 see `Request`. The last line on standard error says what went wrong, when it is something a person can mend.
 """
 
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -210,6 +211,18 @@ def check_resolved(file: Path, config: Any) -> None:
         raise NemoflowError(f"{file}: this stage was started with other settings: {shown}; raise the stage's version")
 
 
+def keep_memory() -> None:
+    """Have the C library keep freed memory instead of returning it to the system.
+
+    The scan of Mamba allocates and frees tens of megabytes at a time, and getting each anew cost 30% of a step, for the
+    0.6 GB it saved. Only glibc has this, and elsewhere nothing is changed.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks above this size are mapped, and unmapped when freed
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory above this size is given back
+
+
 def trainer(request: Request, start: Path | None) -> Any:
     """The GRPOTrainer of a request, on the model of checkpoint `start` or else on the one the stage starts from."""
     import torch
@@ -343,6 +356,7 @@ def train(request: Request) -> None:
 
 def main(file: Path) -> None:
     request = Request.read(file)
+    keep_memory()
     try:
         train(request)
     except NemoflowError as error:
