@@ -12,7 +12,7 @@ from types import ModuleType
 
 from nemoflow import kinds
 from nemoflow import recipe as grammar
-from nemoflow.data.generate import check_arguments
+from nemoflow.data.generate import arguments, check_arguments
 from nemoflow.engines import engine, refuse
 from nemoflow.errors import NemoflowError
 from nemoflow.locks import Locks
@@ -101,7 +101,10 @@ class Recipe:
                     check_arguments(spec.generator, spec.args)
                 except NemoflowError as error:
                     raise NemoflowError(f"{self.file}: sources.{name}.args: {error}") from None
-                self._sources[name] = self._add("source", python=self._python, **spec.model_dump())
+                defaults = arguments(spec.generator)
+                args = {k: v for k, v in spec.args.items() if v != defaults[k]}
+                settings = spec.model_dump() | {"args": args}
+                self._sources[name] = self._add("source", python=self._python, **settings)
             else:
                 settings = spec.model_dump(exclude={"files"})
                 self._sources[name] = self._pinned("source", f"sources.{name}", spec.files, **settings)
