@@ -335,5 +335,21 @@ def test_a_tokenizer_without_an_end(saved, tokenizer, tmp_path):
     assert "eos_token: names no token" in refused("trl", saved, other, tmp_path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk(saved, tokenizer, tmp_path):
+    small = tmp_path / "out"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", small], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(NemoflowError, match=f"no space left where {small} is"):
+            exported("trl", saved, tokenizer, small)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
 def test_a_state_without_its_checkpoint(tokenizer, tmp_path):
     assert "is missing" in refused("trl", tmp_path, tokenizer, tmp_path)

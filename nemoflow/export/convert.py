@@ -7,6 +7,7 @@ an iter_* directory with its run_config.yaml, `trl` a directory that transformer
 
 import errno
 import json
+import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -220,7 +221,8 @@ if __name__ == "__main__":
         main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
     except NemoflowError as error:
         sys.exit(f"nemoflow: error: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors reports a full disk by an error of its own, in these words
+        if os.strerror(errno.ENOSPC) not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
             raise
         sys.exit(f"nemoflow: error: no space left where {sys.argv[5]} is; free some and run again")

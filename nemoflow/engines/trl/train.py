@@ -362,8 +362,8 @@ def main(file: Path) -> None:
     except NemoflowError as error:
         sys.exit(f"nemoflow: error: {error}")
     except Exception as error:
-        # Writers of tensors report a full disk in ways of their own, so the disk is asked.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors reports a full disk in these words, torch in none that say so: there the disk is asked
+        full = os.strerror(errno.ENOSPC) in str(error) or getattr(error, "errno", None) == errno.EDQUOT
         if not full and shutil.disk_usage(request.checkpoints).free >= 2**20:
             raise
         sys.exit(f"nemoflow: error: no space left where {request.checkpoints} is; free some and run again")
