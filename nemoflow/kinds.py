@@ -132,13 +132,10 @@ def inputs(payload: dict) -> list[Ref]:
         case "prompts":
             return [Ref("sources", s) for s in payload["sources"]]
         case "pretrain" | "sft" | "rl":
-            found = [Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
             init = payload.get("init", {})
-            if "export" in init:
-                found.append(Ref("model", init["export"]))
-            elif init:
-                found.append(Ref("init", init["from"], init["at"]))
-            return found
+            start = [Ref("init", init["from"], init["at"])] if "from" in init else []
+            start += [Ref("model", init["export"])] if "export" in init else []
+            return [*start, Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
         case "hf_export":
             of = payload["of"]
             return [Ref("state", of["trajectory"], of["at"]), Ref("tokenizer", payload["tokenizer"])]

@@ -197,8 +197,11 @@ class Session:
                     continue
                 seen.add((stage.identity, at))
                 node = _node(stage.identity, at)
-                lines.append(f'    {node}["{self.title(stage.identity, at)}"]:::{stage.kind}')
-                lines += [f"    {_node(r.identity, r.at)} --> {node}" for r in kinds.inputs(stage.payload)]
+                lines.append(f'    {node}["{self.title(stage.identity, at)}"]')
+                inputs = {(r.identity, r.at) for r in kinds.inputs(stage.payload)}
+                # An input that another input was made from, such as the tokenizer of the data, needs no arrow of its own
+                behind = {(s.identity, n) for i in inputs for s, n in self.store.ancestors(*i) if (s.identity, n) != i}
+                lines += [f"    {_node(*i)} --> {node}" for i in sorted(inputs - behind, key=str)]
         return "\n".join(lines)
 
 
@@ -210,7 +213,8 @@ def _titles(recipe: Recipe) -> dict[str, str]:
     """Identity -> human title, for everything a recipe names."""
     titles = {recipe.tokenizer: f"tokenizer of {recipe.name}"}
     for name, trained in recipe.stages.items():
-        titles[trained.stage.identity] = f"{trained.spec.kind} {name} of {recipe.name}"
+        kind = "" if name == trained.spec.kind else f"{trained.spec.kind} "
+        titles[trained.stage.identity] = f"{kind}{name} of {recipe.name}"
         titles.setdefault(trained.stage.payload["data"], f"data of {recipe.name}@{name}")
         for at in trained.wanted:
             export = recipe.view("hf_export", name, at)[""].stage.identity
