@@ -198,10 +198,10 @@ class Session:
                 seen.add((stage.identity, at))
                 node = _node(stage.identity, at)
                 lines.append(f'    {node}["{self.title(stage.identity, at)}"]')
-                inputs = {(r.identity, r.at) for r in kinds.inputs(stage.payload)}
-                # An input that another input was made from, such as the tokenizer of the data, needs no arrow of its own
-                behind = {(s.identity, n) for i in inputs for s, n in self.store.ancestors(*i) if (s.identity, n) != i}
-                lines += [f"    {_node(*i)} --> {node}" for i in sorted(inputs - behind, key=str)]
+                refs = kinds.inputs(stage.payload)
+                # The tokenizer is behind every input of the later kinds; an arrow from it to each would hide the chain
+                plain = [r for r in refs if r.role != "tokenizer" or stage.kind == "shards"]
+                lines += [f"    {_node(r.identity, r.at)} --> {node}" for r in plain]
         return "\n".join(lines)
 
 
