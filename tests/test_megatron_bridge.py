@@ -105,6 +105,16 @@ def test_whatever_a_kill_during_a_save_left_is_not_gone_on_from(server, data, tm
     assert not run.checkpoint(20).exists()
 
 
+def test_an_index_that_a_kill_cut_short_is_made_anew(server, data, tmp_path, straight):
+    run = pretrain(server, data, tmp_path).train(stop=2)
+    cache = tmp_path / "cache"
+    for index in cache.glob("*shuffle_index.npy"):
+        os.truncate(index, 10)
+    (cache / checkpoints.COMPLETE).unlink()
+    run.train(stop=4)
+    assert run.digits() == {n: d for n, d in straight.digits().items() if n <= 4}
+
+
 def second_phase(server, data, directory, straight, **request) -> Run:
     return pretrain(
         server,
@@ -238,11 +248,34 @@ def test_a_wrong_override_is_one_clear_error(server, data, tmp_path, key, value,
     assert not list(run.checkpoints.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("train.micro_batch_size", 3, "must be divisible by eval_micro_batch_size"),
+        ("train.global_batch_size", 5, "must be divisible by eval_micro_batch_size"),
+        ("validation.eval_global_batch_size", 3, "eval_global_batch_size (3) must be divisible by"),
+        ("model.num_layers", 5, "num_layers (5) does not match the number of layers"),
+    ],
+)
+def test_overrides_that_contradict_each_other_are_one_clear_error(server, data, tmp_path, key, value, said):
+    run = pretrain(server, data, tmp_path, horizon=2, stop=2)
+    line = run.fails(overrides=run.request["overrides"] | {key: value})
+    assert "Megatron-Bridge refuses this configuration: " in line
+    assert said in line
+
+
 def test_a_wrong_recipe_function_is_one_clear_error(server, data, tmp_path):
     run = pretrain(server, data, tmp_path, horizon=2, stop=2)
     name = run.request["function"]
     assert "did you mean" in run.fails(function=name.replace("pretrain", "pretrian"))
     assert "no module 'nowhere'" in run.fails(function="nowhere.config")
+
+
+def test_only_what_can_be_carried_is_asked_for(server, data, tmp_path, straight):
+    run = second_phase(server, data, tmp_path, straight)
+    assert "init.carry: weights+optimizer: this engine carries" in run.fails(
+        init=run.request["init"] | {"carry": "weights+optimizer"}
+    )
 
 
 def test_a_full_disk_is_one_clear_error(server, data, tmp_path):

@@ -18,8 +18,11 @@ THREADS = 2
 depend on the number: it must not follow from the machine, nor from the cores a workflow was given this time."""
 
 
+@functools.cache
 def needed() -> bool:
     """Whether this machine lacks a GPU, Transformer Engine or mamba_ssm. NEMOFLOW_CPU=1 or =0 decides instead.
+
+    Found out once: afterwards the stand-ins are there.
 
     Raises ValueError for another value of NEMOFLOW_CPU.
     """

@@ -24,15 +24,21 @@ Foreseeable failures are one line on stderr, starting with "nemoflow: error: ", 
 """
 
 import errno
+import gc
 import json
 import os
+import shutil
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 from nemoflow import cpu
 from nemoflow.engines.megatron_bridge import checkpoints
 from nemoflow.errors import NemoflowError
+
+CHECKS = ("runtime_config_update", "init_num_microbatches_calculator")
+"""Functions in which Megatron-Bridge checks a configuration: what they raise is a mistake in the recipe."""
 
 
 def main(arguments: list[str]) -> int:
@@ -68,7 +74,14 @@ def explain(error: BaseException, request: dict) -> str | None:
             return f"no space left on the disk of {request['checkpoints']}; free some and run again"
         if getattr(each, "errno", None) == errno.EDQUOT:
             return f"disk quota exceeded at {request['checkpoints']}; free some and run again"
+        if isinstance(each, AssertionError | ValueError | RuntimeError) and _passed(each, CHECKS):
+            return f"overrides: Megatron-Bridge refuses this configuration: {each or type(each).__name__}"
     return None
+
+
+def _passed(error: BaseException, functions: tuple[str, ...]) -> bool:
+    """Whether `error` was raised in, or below, a function with one of these names."""
+    return any(frame.name in functions for frame in traceback.extract_tb(error.__traceback__))
 
 
 def run(request: dict) -> None:
@@ -92,8 +105,12 @@ def run(request: dict) -> None:
         checkpoints.check(load)
     if first:
         forget(Path(request["metrics"]), after=reached if complete else None)
+        cache = Path(request["cache"])
+        if cache.exists() and not (cache / checkpoints.COMPLETE).exists():
+            shutil.rmtree(cache)  # a kill left an index half written, which would be taken for a whole one
 
     environment()
+    gc.disable()  # the imports make a million objects and no garbage: looking for some costs a sixth of their time
     if cpu.needed():
         cpu.enable()
     # Everything from here on imports Megatron, which takes seconds and must follow the shim.
@@ -104,6 +121,9 @@ def run(request: dict) -> None:
     if cpu.needed():
         cpu.patch()
     from nemoflow.engines.megatron_bridge import config, data, loop
+
+    gc.enable()
+    gc.freeze()
 
     settings = config.build(request, load)
     if first:
