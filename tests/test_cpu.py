@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nemoflow import cpu
 from nemoflow.cpu import mamba
+from nemoflow.errors import NemoflowError
 
 pytest_plugins = ["megatron_fixtures"]
 
@@ -202,7 +203,7 @@ def test_an_explicit_wish_decides(monkeypatch, wish, answer):
 
 def test_an_unclear_wish_is_refused(monkeypatch):
     monkeypatch.setenv("NEMOFLOW_CPU", "yes")
-    with pytest.raises(ValueError, match="NEMOFLOW_CPU=yes: must be 1"):
+    with pytest.raises(NemoflowError, match="NEMOFLOW_CPU=yes: must be 1"):
         cpu.needed.__wrapped__()
 
 

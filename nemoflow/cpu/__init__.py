@@ -13,6 +13,8 @@ import functools
 import importlib.util
 import os
 
+from nemoflow.errors import NemoflowError
+
 THREADS = 2
 """Threads of a process, unless NEMOFLOW_CPU_THREADS says otherwise. Sums are split among threads, so their last digits
 depend on the number: it must not follow from the machine, nor from the cores a workflow was given this time."""
@@ -24,11 +26,11 @@ def needed() -> bool:
 
     Found out once: afterwards the stand-ins are there.
 
-    Raises ValueError for another value of NEMOFLOW_CPU.
+    Raises NemoflowError for another value of NEMOFLOW_CPU.
     """
     wish = os.environ.get("NEMOFLOW_CPU", "")
     if wish not in ("", "0", "1"):
-        raise ValueError(f"NEMOFLOW_CPU={wish}: must be 1 (use the CPU), 0 (do not) or unset (find out)")
+        raise NemoflowError(f"NEMOFLOW_CPU={wish}: must be 1 (use the CPU), 0 (do not) or unset (find out)")
     if wish:
         return wish == "1"
     if any(importlib.util.find_spec(name) is None for name in ("transformer_engine", "mamba_ssm")):
