@@ -23,7 +23,13 @@ def plain(value: Any, key: str = "payload") -> Any:
 
     Raises NemoflowError for NaN, infinities, keys that are not strings, and any other type.
     """
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise NemoflowError(f"{key}: {value!r} is half of a character, which has no canonical form") from None
         return value
     if isinstance(value, Fraction):
         return str(value)
@@ -37,7 +43,7 @@ def plain(value: Any, key: str = "payload") -> Any:
         for name in value:
             if not isinstance(name, str):
                 raise NemoflowError(f"{key}: the key {name!r} is {type(name).__name__}; put it in quotes")
-        return {name: plain(item, f"{key}.{name}") for name, item in value.items()}
+        return {plain(name, key): plain(item, f"{key}.{name}") for name, item in value.items()}
     raise NemoflowError(f"{key}: {value!r} ({type(value).__name__}) has no canonical form")
 
 

@@ -72,6 +72,18 @@ stages:
 """
 
 
+def write_demo(path: Path) -> None:
+    """The demo's recipe and raw texts, not locked yet."""
+    (path / "config/recipes").mkdir(parents=True)
+    (path / "config/recipes/demo.yaml").write_text(DEMO)
+    (path / "raw/lines").mkdir(parents=True)
+    for part in range(2):
+        lines = (f"line {i} of part {part}: cat number {i * 7 % 13} sat on mat {i * 5 % 11}. " * 4 for i in range(60))
+        (path / f"raw/{part}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    lines = (f"every line is a document, and this is {i}" for i in range(90))
+    (path / "raw/lines/all.jsonl").write_text("".join(json.dumps({"line": line}) + "\n" for line in lines))
+
+
 class Work:
     """A directory that Snakemake runs in; `checkout` holds the workflow."""
 
@@ -82,18 +94,7 @@ class Work:
     def new(cls, path: Path, checkout: Path = BASE) -> "Work":
         """Raw texts and the locked recipe `demo`, nothing made yet."""
         work = cls(path, checkout)
-        (path / "config/recipes").mkdir(parents=True)
-        work.recipe("demo").write_text(DEMO)
-        (path / "raw").mkdir()
-        for part in range(2):
-            lines = [
-                {"text": f"line {i} of part {part}: cat number {i * 7 % 13} sat on mat {i * 5 % 11}. " * 4}
-                for i in range(60)
-            ]
-            (path / f"raw/{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (path / "raw/lines").mkdir()
-        lines = "".join(json.dumps({"line": f"every line is a document, and this is {i}"}) + "\n" for i in range(90))
-        (path / "raw/lines/all.jsonl").write_text(lines)
+        write_demo(path)
         work.nemoflow("lock", "demo", check=True)
         return work
 
@@ -238,7 +239,7 @@ class Work:
         for root in roots:
             for path in root.rglob("*"):
                 if path.is_symlink():
-                    found[str(path)] = os.readlink(path).encode()
+                    found[str(path)] = str(path.readlink()).encode()
                 elif path.is_file():
                     found[str(path)] = path.read_bytes()
         return found

@@ -3,11 +3,13 @@
 The trainer is tests/sleep_engine.py; everything else is the product.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -178,11 +180,11 @@ def test_a_recipe_that_differs_in_rl_shares_everything_before(demo: Work):
 
 
 def test_a_changed_sft_makes_a_new_version_and_changing_back_finds_the_old(demo: Work):
-    text, old, sealed = demo.recipe().read_text(), os.readlink(demo.path / "rl/demo"), demo.sealed()
+    text, old, sealed = demo.recipe().read_text(), (demo.path / "rl/demo").readlink(), demo.sealed()
     demo.set("sft", overrides={"optimizer.lr": 0.01})
     assert demo.planned("rl/demo") == {"sft": 1, "rl": 1, "name": 1}
     demo.run("rl/demo")
-    new = os.readlink(demo.path / "rl/demo")
+    new = (demo.path / "rl/demo").readlink()
     assert new != old
     assert sealed.items() <= demo.sealed().items()
     assert len(demo.sealed()) == len(sealed) + 2
@@ -191,13 +193,13 @@ def test_a_changed_sft_makes_a_new_version_and_changing_back_finds_the_old(demo:
     assert demo.planned("rl/demo") == {"name": 1}
     assert not os.path.lexists(demo.path / "rl/demo"), "a name that shows something else is gone at once"
     demo.run("rl/demo")
-    assert os.readlink(demo.path / "rl/demo") == old
+    assert (demo.path / "rl/demo").readlink() == old
 
     demo.set("sft", overrides={"optimizer.lr": 0.01})
     shutil.rmtree(demo.path / ".snakemake")
     assert demo.planned("rl/demo") == {"name": 1}
     demo.run("rl/demo")
-    assert os.readlink(demo.path / "rl/demo") == new
+    assert (demo.path / "rl/demo").readlink() == new
 
 
 def test_blessing_a_stale_name_by_touch_does_not_last(demo: Work):
@@ -298,7 +300,7 @@ def test_an_interrupt_ends_the_trainer_and_the_next_run_resumes(demo: Work):
     demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.3})
     running = demo.start("sft/demo")
     sft = demo.wait_for("sft", 5)
-    running.send_signal(2)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     printed, _ = running.communicate(timeout=60)
     assert running.returncode != 0, printed
     assert "Traceback" not in printed
@@ -324,7 +326,7 @@ def test_a_trainer_that_ends_without_its_checkpoint_fails(demo: Work):
 
 
 def test_until_raised_goes_on_and_lowered_to_a_kept_state_trains_nothing(demo: Work):
-    sft = demo.trajectory("artifacts/sft/" + os.listdir(demo.path / "artifacts/sft")[0] + "/at-12")
+    (sft,) = (demo.path / "artifacts/sft").iterdir()
     demo.set("sft", until=18)
     assert demo.planned("rl/demo") == {"sft": 1, "rl": 1, "name": 1}
     demo.run("rl/demo", "sft/demo")
@@ -334,7 +336,7 @@ def test_until_raised_goes_on_and_lowered_to_a_kept_state_trains_nothing(demo: W
     demo.set("sft", until=12)  # the end of the first run is kept
     assert demo.planned("rl/demo", "sft/demo") == {"name": 2}
     demo.run("rl/demo", "sft/demo")
-    assert os.readlink(demo.path / "sft/demo").endswith("/at-12")
+    assert (demo.path / "sft/demo").readlink().name == "at-12"
 
     demo.set("sft", until=8)  # no one asked for it, but its checkpoint is there
     assert demo.planned("sft/demo") == {"sft": 1, "name": 1}
@@ -347,16 +349,14 @@ def test_until_raised_goes_on_and_lowered_to_a_kept_state_trains_nothing(demo: W
         message = demo.refused(*arguments)
         assert "until: 7" in message
         assert "4, 8, 12, 16, 18" in message
-    assert demo.state().keys() - before.keys() == {str(sft / "wanted/7")} or demo.state().keys() == before.keys() - {
-        str(demo.path / "sft/demo")
-    }
+    assert demo.state().keys() == before.keys() - {str(demo.path / "sft/demo")}
 
 
 def test_until_lowered_to_a_milestone_plans_names_only(demo: Work):
     demo.set("phase1", until=10)
     assert demo.planned("pretrain/demo@phase1") == {"name": 1}
     demo.run("pretrain/demo@phase1")
-    assert os.readlink(demo.path / "pretrain/demo@phase1").endswith("/at-10")
+    assert (demo.path / "pretrain/demo@phase1").readlink().name == "at-10"
 
 
 def test_raising_phase_1_makes_another_phase_2_and_goes_on_in_phase_1(demo: Work):
@@ -404,7 +404,7 @@ def test_a_branch_from_a_state_that_was_not_kept_is_refused(demo: Work):
 def test_states_asked_for_together_are_trained_once_and_in_order(fresh: Work):
     fresh.run("pretrain/demo@phase1:10", "pretrain/demo@phase1", "tokenizer/demo")
     phase1 = fresh.trajectory("pretrain/demo@phase1")
-    assert os.readlink(fresh.path / "pretrain/demo@phase1:10").endswith(f"{phase1.name}/at-10")
+    assert (fresh.path / "pretrain/demo@phase1:10").resolve() == phase1 / "at-10"
     assert fresh.iterations(phase1) == list(range(1, 21))
     assert "state 11 is neither" in fresh.refused("pretrain/demo@phase1:11")
     assert fresh.planned("pretrain/demo@phase1:10", "pretrain/demo@phase1") == Counter()
@@ -425,11 +425,11 @@ def test_partial_targets_make_what_they_need_and_no_more(fresh: Work):
 
 def test_data_follows_the_recipe(demo: Work):
     demo.run("data/demo")
-    old = os.readlink(demo.path / "data/demo/sft")
+    old = (demo.path / "data/demo/sft").readlink()
     demo.set("sft", data={"chats": {"sums": 2}, "pack_size": 128})
     assert demo.planned("data/demo") == {"chats": 1, "name": 1}
     demo.run("data/demo")
-    assert os.readlink(demo.path / "data/demo/sft") != old
+    assert (demo.path / "data/demo/sft").readlink() != old
     demo.edit(lambda data: data["stages"].pop("rl"))
     assert demo.planned("data/demo") == {"name": 1}
     demo.run("data/demo")
@@ -625,6 +625,10 @@ BAD = {
     ),
     "unknown stage": (recipe("from: phase2", "from: phase3"), r"stages\[sft\].init.from: no stage 'phase3'.*'phase2'"),
     "unknown source": (recipe("{sums: 1}", "{sum: 1}"), r"stages\[sft\].data.chats: no source 'sum'.*'sums'"),
+    "extends a path": (
+        recipe("description:", "extends: ../recipes/demo\ndescription:"),
+        r"'../recipes/demo' cannot be a recipe's name",
+    ),
     "stage twice": (recipe("name: phase2", "name: phase1"), r"stages\[phase1\]: two stages have this name"),
     "past the horizon": (recipe("until: 12", "until: 31"), r"stages\[sft\].until: 31 lies past .* horizon 30"),
     "shares": (recipe("words: 1/2", "words: 1/3"), r"stages\[phase2\].data.blend: the shares add up to 5/6, not to 1"),
@@ -662,8 +666,7 @@ def test_bad_recipes_end_with_one_clear_error_and_nothing_written(fresh: Work, c
     [
         ("rl/dmo", "unknown recipe 'dmo': there is no dmo.yaml in config/recipes.*did you mean 'demo'"),
         ("rl/demo/more", "'demo/more' cannot be a recipe's name"),
-        ("rl/../demo", "'../demo' cannot be a recipe's name"),
-        ("rl/..", "'..' cannot be a recipe's name"),
+        ("rl/..demo", "'..demo' cannot be a recipe's name"),
         ("sft/demo@rl", "sft/demo@rl: stage rl is rl: rl/demo@rl"),
         ("sft/demo@stf", "sft/demo@stf: .* has no stage 'stf'; did you mean 'sft'"),
         ("rl/demo:soon", "'soon' is no state"),
@@ -677,8 +680,18 @@ def test_bad_names_end_with_one_clear_error(fresh: Work, target, message):
     assert fresh.state() == before
 
 
+@pytest.mark.parametrize("target", ["rl/../demo", "rl/..", "rl/", "../rl/demo", "stf/demo"])
+def test_what_is_no_name_at_all_is_refused_by_snakemake(fresh: Work, target):
+    before = fresh.state()
+    done = fresh.snakemake(target)
+    assert done.returncode != 0
+    assert "MissingRuleException:\nNo rule to produce" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert fresh.state() == before
+
+
 def test_an_empty_corpus_is_refused(fresh: Work):
-    for file in (fresh.path / "raw").iterdir():
+    for file in (fresh.path / "raw").rglob("*.jsonl"):
         file.write_text("")
     fresh.nemoflow("lock", "demo", check=True)
     message = fresh.refused("tokenizer/demo")
@@ -697,7 +710,7 @@ def test_a_corrupt_shard_is_refused_before_training(demo: Work):
     assert "has other bytes than it was sealed with" in message
     assert not os.path.lexists(demo.path / "pretrain/demo@phase1")
     shutil.rmtree(shard.parent)  # as the message advises: it is made again, and what needs it goes on
-    assert demo.planned("pretrain/demo@phase1") == {"shards": 1, "pretrain": 1, "name": 1}
+    assert demo.planned("pretrain/demo@phase1") == {"shards": 1, "blend": 1, "pretrain": 1, "name": 1}
     demo.run("pretrain/demo@phase1")
 
 
@@ -724,16 +737,15 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(fresh: Work, tmp_path):
         assert re.search("phase1 of demo: .*[Nn]o space left", message), message
         assert not os.path.lexists(fresh.path / "pretrain/demo@phase1")
         fresh.set("phase1", overrides={"sleep.bytes": 0})
-        (mount / "ballast").write_bytes(b"")
-        with (mount / "ballast").open("ab", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        with contextlib.suppress(OSError), (mount / "ballast").open("ab", buffering=0) as ballast:
             while ballast.write(bytes(4096)):
                 pass
         message = fresh.refused("pretrain/demo@phase1")
         assert re.search("[Nn]o space left", message), message
-        (mount / "ballast").unlink()
+        subprocess.run(["mount", "-o", "remount,size=8m", str(mount)], check=True)
         fresh.run("pretrain/demo@phase1")
 
-        fresh.edit(lambda data: data["sources"]["sums"]["args"].update(count=50_000))
+        fresh.edit(lambda data: data["sources"]["sums"]["args"].update(count=200_000))
         message = fresh.refused("data/demo@sft")
         assert re.search("source arithmetic-chats: no space left", message), message
         fresh.edit(lambda data: data["sources"]["sums"]["args"].update(count=200))

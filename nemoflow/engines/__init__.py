@@ -25,7 +25,9 @@ def engine(name: str, where: str = "engine") -> ModuleType:
     """The engine called `name`. Raises NemoflowError, starting with `where`, when there is none."""
     for module in (f"{__name__}.{name}", name):
         try:
-            return importlib.import_module(module)
+            found = importlib.import_module(module)
+            if hasattr(found, "STARTS_FROM"):
+                return found
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):
                 raise

@@ -1,0 +1,68 @@
+"""The table of defaults: a released default never changes, since settings equal to it are in no identity."""
+
+import pytest
+
+from nemoflow import kinds
+
+DEFAULTS = {
+    "source": {"seed": 0, "field": "text", "args": {}},
+    "tokenizer": {"chat_template": "chatml"},
+    "shards": {"valid": "1/50", "test": "1/50", "text_field": "text", "append_eod": True, "max_broken": "1/1000"},
+    "blend": {},
+    "chats": {"valid": "1/20", "seed": 0, "too_long": "drop", "max_broken": "1/1000"},
+    "prompts": {"valid": "1/20", "max_broken": "0"},
+    "pretrain": {"version": 1, "overrides": {}},
+    "sft": {"version": 1, "overrides": {}},
+    "rl": {"version": 1, "overrides": {}},
+    "hf_export": {"dtype": "bfloat16"},
+}
+"""Entries are added here, never changed: a new meaning is a new key."""
+
+ALGORITHMS = dict.fromkeys(DEFAULTS, 1)
+"""Raised together with the code that changes what a kind makes from the same payload."""
+
+
+def test_defaults_never_change():
+    assert {name: kind.defaults for name, kind in kinds.KINDS.items()} == DEFAULTS
+    assert {name: kind.algorithm for name, kind in kinds.KINDS.items()} == ALGORITHMS
+
+
+def test_a_payload_leaves_out_defaults_and_what_is_not_set():
+    payload = kinds.payload("shards", source="a", tokenizer="b", valid="1/50", test="1/10", text_field=None)
+    assert payload == {"kind": "shards", "source": "a", "tokenizer": "b", "test": "1/10"}
+    assert kinds.complete(payload) == payload | DEFAULTS["shards"] | {"test": "1/10"}
+
+
+def test_a_raised_algorithm_makes_another_payload(monkeypatch):
+    before = kinds.payload("blend", parts=[])
+    raised = kinds.Kind(kinds.KINDS["blend"].label, {}, algorithm=2)
+    monkeypatch.setitem(kinds.KINDS, "blend", raised)
+    assert kinds.payload("blend", parts=[]) == before | {"algorithm_version": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Stdlib_Topics", "stdlib-topics"),
+        ("../../etc", "etc"),
+        ("a b/c", "a-b-c"),
+        ("ünï", "n"),
+        ("", "x"),
+        ("...", "x"),
+        ("x" * 100, "x" * 48),
+        ("a" * 47 + "/b", "a" * 47),
+    ],
+)
+def test_slugs_are_safe_in_paths(text, expected):
+    assert kinds.slug(text) == expected
+
+
+def test_inputs_are_in_order_with_their_states():
+    trained = {"kind": "sft", "data": "d", "tokenizer": "t", "init": {"from": "p", "at": 7, "carry": "weights"}}
+    assert kinds.inputs(trained) == [kinds.Ref("data", "d"), kinds.Ref("tokenizer", "t"), kinds.Ref("init", "p", 7)]
+    from_export = trained | {"kind": "rl", "init": {"export": "e", "carry": "weights"}}
+    assert kinds.inputs(from_export)[-1] == kinds.Ref("model", "e")
+    parts = [{"shards": "b", "share": "1/2"}, {"shards": "a", "share": "1/2"}]
+    assert kinds.inputs({"kind": "blend", "parts": parts}) == [kinds.Ref("parts", "b"), kinds.Ref("parts", "a")]
+    with pytest.raises(ValueError, match="no such kind"):
+        kinds.inputs({"kind": "other"})
