@@ -233,6 +233,8 @@ class _Progress:
     def show(self) -> None:
         if not self.path.exists():
             return
+        if self.path.stat().st_size < self.position:  # a trainer that resumes drops the lines past its checkpoint
+            self.position = 0
         with self.path.open("rb") as file:
             file.seek(self.position)
             new = file.read()
