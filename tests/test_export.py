@@ -317,6 +317,16 @@ def test_a_model_that_the_format_cannot_say(megatron, tokenizer, tmp_path):
     assert message.startswith("model.moe_router_score_function: softmax cannot be said")
 
 
+def test_a_megatron_checkpoint_with_a_layer_too_many(megatron, tokenizer, tmp_path):
+    state = damaged(megatron, tmp_path)
+    file = state / "checkpoint" / "run_config.yaml"
+    text = file.read_text()
+    assert "hybrid_layer_pattern: MEM*EME-\n" in text
+    assert "num_layers: 8\n" in text
+    file.write_text(text.replace("MEM*EME-\n", "MEM*EME\n").replace("num_layers: 8\n", "num_layers: 7\n"))
+    assert "they do not belong together" in refused("megatron_bridge", state, tokenizer, tmp_path)
+
+
 def test_a_tokenizer_of_another_model(saved, tokenizer, tmp_path):
     other = tmp_path / "tokenizer"
     shutil.copytree(tokenizer, other)

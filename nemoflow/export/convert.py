@@ -7,6 +7,7 @@ an iter_* directory with its run_config.yaml, `trl` a directory that transformer
 
 import errno
 import json
+import math
 import os
 import pickle
 import sys
@@ -147,6 +148,14 @@ def from_megatron(checkpoint: Path, tokens: dict[str, int]) -> tuple[Any, Iterat
     config = hf_config(provider, rows, tokens)
     bridge = AutoBridge.from_hf_config(config)
     model = load_megatron_model(str(checkpoint), use_cpu_init=True, skip_temp_dist_context=True)
+    # The loader takes what the model asks for and ignores the rest of the checkpoint: a layer too many, for example.
+    held = sum(math.prod(t.global_shape) for name, t in stored.items() if not name.startswith("optimizer."))
+    asked = sum(t.numel() for t in model[0].state_dict().values() if t is not None)
+    if held != asked:
+        raise NemoflowError(
+            f"{checkpoint}: holds {held:,} numbers, its run_config.yaml describes a model of {asked:,}; "
+            "they do not belong together"
+        )
     return config, bridge.export_hf_weights(model, cpu=True, show_progress=False)
 
 
