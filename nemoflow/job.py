@@ -193,8 +193,12 @@ def build(make: Callable[..., dict]) -> Callable[[Job], None]:
         if "lineage" in inspect.signature(make).parameters:
             upstream = [(s, n) for s, n in stage.store.ancestors(stage.identity) if s is not stage]
             more["lineage"] = [s.sealed(n) for s, n in upstream]
-        measures = make(kinds.complete(stage.payload), inputs, partial, job.say, **more)
-        made = contents(partial)
+        try:
+            measures = make(kinds.complete(stage.payload), inputs, partial, job.say, **more)
+            made = contents(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
+            raise
         for path in sorted(partial.iterdir()):
             target = stage.directory / path.name
             if target.is_dir() and not target.is_symlink():
@@ -246,6 +250,8 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _fail(say, job, f"unexpected {type(error).__name__}: {error}")
         _fail(say, job, f"no space left where {error.filename or args.stage.parent.parent} is; free some and run again")
+    except KeyboardInterrupt:
+        _fail(say, job, "interrupted; the same command goes on from here")
     except Exception as error:
         _fail(say, job, f"unexpected {type(error).__name__}: {error}")
     finally:

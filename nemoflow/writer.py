@@ -90,7 +90,8 @@ def writer(directory: Path, waiting: Callable[[str], None]) -> Iterator[Writer]:
     told = False
     while (owner := held.try_to_take()) is not None:
         if not told:
-            waiting(f"another run is working on this (process {owner['processes'][0]['pid']}); waiting for it")
+            alive = next(filter(_alive, owner["processes"]), owner["processes"][0])
+            waiting(f"another run is working on this (process {alive['pid']}); waiting for it")
             told = True
         time.sleep(POLL_SECONDS)
     try:

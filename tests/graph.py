@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import yaml
 
 from nemoflow.session import Session
@@ -232,6 +233,10 @@ class Work:
             time.sleep(0.05)
         raise AssertionError(f"no {kind} came to iteration {iteration} in {seconds} s")
 
+    def owners(self, trajectory: Path) -> list[psutil.Process]:
+        """The processes that hold a trajectory's lock: the driver and, once it runs, the trainer."""
+        return [psutil.Process(p["pid"]) for p in json.loads((trajectory / "lock").read_text())["processes"]]
+
     def state(self) -> dict[str, bytes]:
         """Every file below artifacts and the names, to compare before and after."""
         roots = [p for p in self.path.iterdir() if p.name in {"artifacts", *STAGES, "data"}]
@@ -243,6 +248,16 @@ class Work:
                 elif path.is_file():
                     found[str(path)] = path.read_bytes()
         return found
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Read a started run's output until it has said `text`; fails when it ends without."""
+    said = ""
+    while line := process.stdout.readline():
+        said += line
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said:\n{said}")
 
 
 def kill(process: subprocess.Popen) -> None:

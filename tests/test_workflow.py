@@ -17,7 +17,7 @@ from collections import Counter
 import psutil
 import pytest
 import yaml
-from graph import DEMO, STAGES, Work, copy_checkout, kill
+from graph import DEMO, STAGES, Work, copy_checkout, kill, read_until
 
 DATA_JOBS = {"source": 4, "tokenizer": 1, "shards": 2, "blend": 2, "chats": 1, "prompts": 1}
 CHAIN = Counter(DATA_JOBS | {"pretrain": 2, "sft": 1, "rl": 1, "name": 1})
@@ -243,15 +243,18 @@ def test_recipes_edited_broken_and_deleted_while_jobs_run_and_wait(demo: Work, e
 
 
 def test_a_second_run_waits_for_the_first_and_nothing_is_trained_twice(demo: Work):
-    demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.3})
+    demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.1})
     first = demo.start("rl/demo")
-    sft = demo.wait_for("sft", 1)
+    sft = demo.wait_for("sft", 2)
+    _, trainer = demo.owners(sft)
+    trainer.suspend()
     second = demo.start("rl/demo")
+    read_until(second, "another run is working on this")
+    trainer.resume()
     for run in (first, second):
         printed, _ = run.communicate(timeout=120)
         assert run.returncode == 0, printed
         assert "Traceback" not in printed
-    assert "another run is working on this" in printed
     assert demo.iterations(sft) == list(range(1, 13))
     assert demo.iterations(demo.trajectory("rl/demo")) == list(range(1, 9))
     assert set(demo.attempts().values()) == {1}
@@ -281,18 +284,20 @@ def test_kill_9_of_everything_resumes_from_the_newest_checkpoint(demo: Work):
 
 
 def test_kill_9_of_the_driver_alone_leaves_a_trainer_that_the_next_run_waits_for(demo: Work):
-    demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.6})
-    running = demo.start("sft/demo")
+    demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.1})
+    first = demo.start("sft/demo")
     sft = demo.wait_for("sft", 2)
-    owner = json.loads((sft / "lock").read_text())
-    driver, trainer = (psutil.Process(p["pid"]) for p in owner["processes"])
+    driver, trainer = demo.owners(sft)
+    trainer.suspend()
     driver.kill()
-    running.communicate(timeout=60)
-    assert running.returncode != 0
-    assert trainer.is_running()
-    assert len(demo.iterations(sft)) < 12
-    printed = demo.run("sft/demo")
-    assert "another run is working on this" in printed
+    first.communicate(timeout=60)
+    assert first.returncode != 0
+    second = demo.start("sft/demo")
+    read_until(second, f"another run is working on this (process {trainer.pid})")
+    trainer.resume()
+    printed, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, printed
+    demo.check_today("sft/demo")
     assert demo.iterations(sft) == list(range(1, 13)), "the orphan trained to the end, and nothing again"
 
 
