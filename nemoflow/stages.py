@@ -211,13 +211,12 @@ class Recipe:
                 f"{where}.init.at: {at}: {parent.spec.name} has states from {parent.start + 1} to {parent.horizon}"
             )
         parent.wanted.add(at)
+        if spec.init.carry not in driver.CARRIES:
+            raise NemoflowError(
+                f"{where}.init.carry: {spec.init.carry!r}: engine {spec.engine} carries {' or '.join(driver.CARRIES)}"
+            )
         if driver.STARTS_FROM == "export":
-            if spec.init.carry != "weights":
-                raise NemoflowError(
-                    f"{where}.init.carry: {spec.init.carry!r}: engine {spec.engine} starts from a Hugging Face export, "
-                    "which holds weights only; write weights"
-                )
-            return 0, {"export": self._export(parent, at), "carry": "weights"}
+            return 0, {"export": self._export(parent, at), "carry": spec.init.carry}
         if parent.engine.STARTS_FROM == "export":
             raise NemoflowError(
                 f"{where}.init.from: {parent.spec.name} is trained by engine {parent.spec.engine}, whose checkpoints "

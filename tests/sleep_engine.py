@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 STARTS_FROM = "checkpoint"
+CARRIES = ("all", "weights", "weights+optimizer")
 REFUSED = {"sleep.until": "write the stage's until"}
 
 

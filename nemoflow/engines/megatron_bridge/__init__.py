@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 STARTS_FROM = "checkpoint"
+CARRIES = ("all", "weights")
 
 SECTIONS = [
     "checkpoint",

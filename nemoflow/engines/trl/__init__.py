@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 STARTS_FROM = "export"
+CARRIES = ("weights",)
 
 REFUSED = {
     "grpo.max_steps": "write the stage's horizon",
