@@ -42,7 +42,7 @@ def main(request: dict):
     settings = request["overrides"]
     checkpoints = Path(request["checkpoints"])
     done = max(states(checkpoints), default=request["start"])
-    with open(request["metrics"], "a") as metrics:
+    with Path(request["metrics"]).open("a") as metrics:
         for n in range(done + 1, request["stop"] + 1):
             if n == settings.get("sleep.fail_at"):
                 sys.exit(f"nemoflow: error: told to fail at {n}")
