@@ -7,6 +7,9 @@ bulk hashing: sizes are compared, and only a file whose time stamp changed since
 import glob
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from nemoflow import recipe as grammar
 from nemoflow.errors import NemoflowError
@@ -41,6 +44,28 @@ class StatCache:
             write_atomically(self.path, dump(self._known))
 
 
+class Pinned(BaseModel):
+    """A file as it was when it was pinned; size in bytes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Entry(BaseModel):
+    """What a pattern of a recipe matched."""
+
+    pattern: str
+    files: list[Pinned]
+
+
+class Lock(BaseModel):
+    """A lock file: "sources.NAME" or "tokenizer" -> what it was."""
+
+    version: Literal[1] = Field(1, alias="schema")
+    entries: dict[str, Entry]
+
+
 def lock_file(recipe: Path) -> Path:
     """The lock file of a recipe's file."""
     return recipe.with_name(f"{recipe.stem}.lock.json")
@@ -63,7 +88,7 @@ def write(name: str, directories: list[Path], store: Store, show: Callable[[str]
     wanted = _wanted(spec)
     if not wanted:
         return None
-    cache, entries = StatCache(store), {}
+    cache, entries = StatCache(store), dict[str, Entry]()
     for key, pattern in wanted.items():
         root = Path(pattern)
         # glob.glob and not Path.glob: the pattern may be absolute
@@ -74,10 +99,10 @@ def write(name: str, directories: list[Path], store: Store, show: Callable[[str]
         pinned = []
         for number, path in enumerate(paths, 1):
             show(f"{key}: {number}/{len(paths)} {path}")
-            pinned.append({"path": path, "size": Path(path).stat().st_size, "sha256": cache.digest(Path(path))})
-        entries[key] = {"files": pinned, "pattern": pattern}
+            pinned.append(Pinned(path=path, size=Path(path).stat().st_size, sha256=cache.digest(Path(path))))
+        entries[key] = Entry(files=pinned, pattern=pattern)
     cache.save()
-    write_atomically(lock_file(file), dump({"schema": 1, "entries": entries}))
+    write_atomically(lock_file(file), dump(Lock(entries=entries).model_dump(by_alias=True)))
     return lock_file(file)
 
 
@@ -88,11 +113,18 @@ class Locks:
         self.name, self._cache = name, StatCache(store)
         self.paths: dict[str, list[str]] = {}
         """Entry -> today's paths of its files: where, not what; outside every identity."""
-        self._entries: dict[str, tuple[Path, dict]] = {}
-        for file in grammar.chain(name, directories):
-            if lock_file(file).exists():
-                for key, entry in read_json(lock_file(file)).get("entries", {}).items():
-                    self._entries.setdefault(key, (lock_file(file), entry))
+        self._entries: dict[str, tuple[Path, Entry]] = {}
+        for lock in map(lock_file, grammar.chain(name, directories)):
+            if lock.exists():
+                for key, entry in self._read(lock).entries.items():
+                    self._entries.setdefault(key, (lock, entry))
+
+    def _read(self, lock: Path) -> Lock:
+        try:
+            return Lock.model_validate_json(lock.read_bytes())
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise NemoflowError(f"{lock}: damaged: {reason}; restore it, or run `nemoflow lock {self.name}`") from None
 
     def files(self, key: str, pattern: str, recipe: Path) -> list[dict]:
         """Size and digest of each pinned file, in order.
@@ -103,20 +135,16 @@ class Locks:
         if key not in self._entries:
             raise NemoflowError(f"{recipe}: {key}: {pattern!r} is not locked; {advice}")
         lock, entry = self._entries[key]
-        if entry["pattern"] != pattern:
-            raise NemoflowError(f"{recipe}: {key}: {pattern!r}, but {lock} pins {entry['pattern']!r}; {advice}")
-        for pinned in entry["files"]:
-            path = Path(pinned["path"])
+        if entry.pattern != pattern:
+            raise NemoflowError(f"{recipe}: {key}: {pattern!r}, but {lock} pins {entry.pattern!r}; {advice}")
+        for pinned in entry.files:
+            path = Path(pinned.path)
             if not path.exists():
                 continue  # only who must read it needs it: the job that does says so
-            if path.stat().st_size != pinned["size"] or self._cache.digest(path, True) not in (None, pinned["sha256"]):
+            if path.stat().st_size != pinned.size or self._cache.digest(path, True) not in (None, pinned.sha256):
                 raise NemoflowError(
                     f"{path}: changed since it was pinned in {lock}; restore it, or {advice} to train on what it is now"
                 )
         self._cache.save()
-        self.paths[key] = [pinned["path"] for pinned in entry["files"]]
-        return [{"size": pinned["size"], "sha256": pinned["sha256"]} for pinned in entry["files"]]
-
-    def missing(self, key: str) -> list[str]:
-        """Pinned files that are not there today."""
-        return [p for p in self.paths.get(key, []) if not Path(p).exists()]
+        self.paths[key] = [pinned.path for pinned in entry.files]
+        return [{"size": pinned.size, "sha256": pinned.sha256} for pinned in entry.files]

@@ -47,9 +47,12 @@ def dump(value: dict) -> str:
 def read_json(path: Path) -> dict:
     """The JSON object in a file the workflow wrote. Raises NemoflowError when it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
         raise NemoflowError(f"{path}: damaged: {error}; it is written by nemoflow, restore it or delete it") from None
+    return found
 
 
 def file_digest(path: Path) -> str:

@@ -48,6 +48,7 @@ class Writer:
     def _write(self) -> None:
         # In place, never renamed: the guard's lock and the content belong to one inode.
         with self._path.open("r+", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)  # no one may read half of it and take it for a crash's
             text = json.dumps(self._owner)
             file.write(text)
             file.truncate(len(text))
