@@ -210,7 +210,7 @@ class Rl(_Stage):
 
 Stage = Annotated[
     Annotated[Pretrain, Tag("<pretrain>")] | Annotated[Sft, Tag("<sft>")] | Annotated[Rl, Tag("<rl>")],
-    Discriminator(lambda v: f"<{v.get('kind') if isinstance(v, dict) else v.kind}>"),
+    Discriminator(lambda v: f"<{v.get('kind') if isinstance(v, dict) else getattr(v, 'kind', None)}>"),
 ]
 
 
@@ -243,18 +243,20 @@ class Recipe(Model):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as data: a key given twice is an error instead of a silently lost setting."""
+    """YAML as data: a key given twice is an error instead of a silently lost setting, and keys are text."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                problem = f"the key {key!r} is {type(key).__name__}; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
+                problem = f"the key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -267,7 +269,7 @@ def read_yaml(path: Path) -> dict:
         mark = error.problem_mark or error.context_mark
         raise NemoflowError(f"{path}:{mark.line + 1 if mark else '?'}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise NemoflowError(f"{path}: not YAML in UTF-8: {error}") from None
+        raise NemoflowError(f"{path}: not YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise NemoflowError(f"{path}: a mapping is wanted, found {type(data).__name__}")
     return data
