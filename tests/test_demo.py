@@ -138,7 +138,7 @@ def test_a_changed_sft_plans_sft_and_what_follows(demo):
         assert demo.planned("hf_export/nano3-tiny") == [
             "sft of nano3-tiny to 90",
             "hf_export of nano3-tiny@sft",
-            "rl of nano3-tiny to 60",
+            "rl of nano3-tiny to 50",
             "hf_export of nano3-tiny@rl",
         ]
     finally:
@@ -152,7 +152,7 @@ def test_a_recipe_that_differs_in_rl_shares_the_rest(demo):
     assert demo.planned("hf_export/copy") == []
     mine = re.search(r"```yaml\n# config/recipes/mine.yaml\n(.*?)```", (demo.path / "README.md").read_text(), re.S)[1]
     (demo.path / "config/recipes/mine.yaml").write_text(mine)
-    assert demo.planned("hf_export/mine") == ["rl of mine to 60", "hf_export of mine@rl"]
+    assert demo.planned("hf_export/mine") == ["rl of mine to 50", "hf_export of mine@rl"]
 
 
 def test_a_copy_elsewhere_plans_nothing(demo, tmp_path):
