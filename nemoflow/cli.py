@@ -9,7 +9,7 @@ from nemoflow import locks
 from nemoflow import recipe as grammar
 from nemoflow.errors import NemoflowError
 from nemoflow.session import Session
-from nemoflow.stages import Recipe
+from nemoflow.stages import VIEWS, Recipe
 from nemoflow.store import Store
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -51,24 +51,37 @@ def lock(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    failed = False
     for name in args.recipe or known_recipes(RECIPES):
-        recipe = Recipe(name, RECIPES, Store(args.store))
+        try:
+            recipe = Recipe(name, RECIPES, Store(args.store))
+        except NemoflowError as error:
+            print(f"nemoflow: error: {error}", file=sys.stderr)
+            failed = True
+            continue
         print(f"{recipe.file}: fine")
         for stage, trained in recipe.stages.items():
             span = f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
             print(f"  {stage}: {trained.spec.kind} by {trained.spec.engine}, {span}, {trained.stage.directory}")
+    if failed:
+        raise SystemExit(1)
+
+
+def asked(args: argparse.Namespace) -> Session:
+    """The session of the names on the command line. Raises NemoflowError for what is no name."""
+    session = Session(args.store, RECIPES)
+    for name in args.name:
+        if not session.resolve([name]):
+            raise NemoflowError(f"{name}: write KIND/RECIPE[@STAGE][:N], KIND one of {', '.join(VIEWS)}")
+    return session
 
 
 def show(args: argparse.Namespace) -> None:
-    session = Session(args.store, RECIPES)
-    session.resolve(args.name)
-    print(session.summary())
+    print(asked(args).summary())
 
 
 def graph(args: argparse.Namespace) -> None:
-    session = Session(args.store, RECIPES)
-    session.resolve(args.name)
-    print(session.mermaid())
+    print(asked(args).mermaid())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,15 +31,18 @@ class Session:
 
     # -- at parse ----------------------------------------------------------------------------------------------------
 
-    def resolve(self, targets: Iterable[str]) -> None:
-        """Resolve the names among `targets`, writing nothing. Raises NemoflowError for bad recipes and names.
+    def resolve(self, targets: Iterable[str]) -> list[str]:
+        """Resolve the names among `targets`, writing nothing; returns them.
 
-        Other targets, such as artifacts, are left alone.
+        Other targets, such as artifacts, are left alone. Raises NemoflowError for bad recipes and names.
         """
+        found = []
         for target in targets:
             text = target if ".." in target else os.path.normpath(target)
             if match := _NAME.fullmatch(text):
                 self.names[text] = self._resolve(text, **match.groupdict())
+                found.append(text)
+        return found
 
     def request(self, targets: Iterable[str]) -> None:
         """Resolve the names among `targets`, freeze what they need, and drop links that show something else."""
@@ -51,8 +54,9 @@ class Session:
                 remove(Path(name))
 
     def _resolve(self, text: str, kind: str, recipe: str, stage: str | None, at: str | None) -> dict[str, Target]:
-        if at is not None and not at.isdigit():
-            raise NemoflowError(f"{text}: {at!r} is no state; write KIND/RECIPE@STAGE:ITERATION")
+        if stage == "" or (at is not None and not re.fullmatch("[1-9][0-9]*", at)):
+            wrong = f"{at!r} is no state" if stage != "" else "there is no stage after the @"
+            raise NemoflowError(f"{text}: {wrong}; write KIND/RECIPE[@STAGE][:ITERATION]")
         if recipe not in self.recipes:
             self.recipes[recipe] = Recipe(recipe, self.directories, self.store)
         return self.recipes[recipe].view(kind, stage, int(at) if at else None)

@@ -59,9 +59,9 @@ def test_slugs_are_safe_in_paths(text, expected):
 
 def test_inputs_are_in_order_with_their_states():
     trained = {"kind": "sft", "data": "d", "tokenizer": "t", "init": {"from": "p", "at": 7, "carry": "weights"}}
-    assert kinds.inputs(trained) == [kinds.Ref("data", "d"), kinds.Ref("tokenizer", "t"), kinds.Ref("init", "p", 7)]
+    assert kinds.inputs(trained) == [kinds.Ref("init", "p", 7), kinds.Ref("data", "d"), kinds.Ref("tokenizer", "t")]
     from_export = trained | {"kind": "rl", "init": {"export": "e", "carry": "weights"}}
-    assert kinds.inputs(from_export)[-1] == kinds.Ref("model", "e")
+    assert kinds.inputs(from_export)[0] == kinds.Ref("model", "e")
     parts = [{"shards": "b", "share": "1/2"}, {"shards": "a", "share": "1/2"}]
     assert kinds.inputs({"kind": "blend", "parts": parts}) == [kinds.Ref("parts", "b"), kinds.Ref("parts", "a")]
     with pytest.raises(ValueError, match="no such kind"):

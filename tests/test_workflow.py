@@ -747,10 +747,10 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(fresh: Work, tmp_path):
                 pass
         message = fresh.refused("pretrain/demo@phase1")
         assert re.search("[Nn]o space left", message), message
-        subprocess.run(["mount", "-o", "remount,size=8m", str(mount)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=6m", str(mount)], check=True)
         fresh.run("pretrain/demo@phase1")
 
-        fresh.edit(lambda data: data["sources"]["sums"]["args"].update(count=200_000))
+        fresh.edit(lambda data: data["sources"]["sums"]["args"].update(count=100_000))
         message = fresh.refused("data/demo@sft")
         assert re.search("source arithmetic-chats: no space left", message), message
         fresh.edit(lambda data: data["sources"]["sums"]["args"].update(count=200))
