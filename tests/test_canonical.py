@@ -78,7 +78,7 @@ def test_the_text_is_compact_sorted_and_unescaped():
         1j,
         "\ud800",
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_has_no_canonical_form_is_refused_by_its_path(value):
     with pytest.raises(NemoflowError, match=r"payload\.stages\[1\]\.lr: "):
