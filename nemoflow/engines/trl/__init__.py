@@ -24,13 +24,29 @@ STARTS_FROM = "export"
 CARRIES = ("weights",)
 
 REFUSED = {
+    "grpo.bf16": "the model is trained in float32 on a CPU",
+    "grpo.do_eval": "rewards are measured on what is sampled in training",
+    "grpo.eval_strategy": "rewards are measured on what is sampled in training",
+    "grpo.fp16": "the model is trained in float32 on a CPU",
+    "grpo.ignore_data_skip": "a resume would train on other prompts than an uninterrupted run",
+    "grpo.logging_dir": "measurements go to metrics.jsonl",
+    "grpo.logging_strategy": "measurements go to metrics.jsonl",
     "grpo.max_steps": "write the stage's horizon",
+    "grpo.model_init_kwargs": "the model is what the stage starts from",
+    "grpo.num_train_epochs": "write the stage's horizon",
     "grpo.output_dir": "checkpoints live in the trajectory's directory",
+    "grpo.push_to_hub": "nothing is uploaded",
+    "grpo.report_to": "measurements go to metrics.jsonl",
+    "grpo.restore_callback_states_from_checkpoint": "the workflow resumes from the newest complete checkpoint",
+    "grpo.resume_from_checkpoint": "the workflow resumes from the newest complete checkpoint",
+    "grpo.save_only_model": "a checkpoint without the optimizer cannot be resumed",
     "grpo.save_steps": "write the stage's save_interval, which is not part of its identity",
     "grpo.save_strategy": "the workflow decides which states are kept",
-    "grpo.resume_from_checkpoint": "the workflow resumes from the newest complete checkpoint",
-    "grpo.report_to": "measurements go to metrics.jsonl",
+    "grpo.save_total_limit": "the workflow decides which states are kept",
+    "grpo.shuffle_dataset": "the order of the prompts follows from the seed",
+    "grpo.trust_remote_code": "never needed",
     "grpo.use_cpu": "the engine takes the device there is",
+    "grpo.use_vllm": "this engine samples with transformers",
 }
 
 

@@ -24,26 +24,6 @@ from nemoflow.errors import NemoflowError
 # Before torch is imported. PASSIVE: threads that wait sleep, or a busy machine is several times slower.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE")
 
-_OWN = REFUSED | {
-    "grpo.bf16": "the model is trained in float32 on a CPU",
-    "grpo.fp16": "the model is trained in float32 on a CPU",
-    "grpo.eval_strategy": "rewards are measured on what is sampled in training",
-    "grpo.do_eval": "rewards are measured on what is sampled in training",
-    "grpo.ignore_data_skip": "a resume would train on other prompts than an uninterrupted run",
-    "grpo.logging_dir": "measurements go to metrics.jsonl",
-    "grpo.logging_strategy": "measurements go to metrics.jsonl",
-    "grpo.max_steps": "write the stage's horizon",
-    "grpo.num_train_epochs": "write the stage's horizon",
-    "grpo.model_init_kwargs": "the model is what the stage starts from",
-    "grpo.push_to_hub": "nothing is uploaded",
-    "grpo.restore_callback_states_from_checkpoint": "the workflow resumes from the newest complete checkpoint",
-    "grpo.save_only_model": "a checkpoint without the optimizer cannot be resumed",
-    "grpo.save_total_limit": "the workflow decides which states are kept",
-    "grpo.shuffle_dataset": "the order of the prompts follows from the seed",
-    "grpo.trust_remote_code": "never needed",
-    "grpo.use_vllm": "this engine samples with transformers",
-}
-
 _OUTSIDE = {
     "dataloader_num_workers",
     "dataloader_persistent_workers",
@@ -156,8 +136,8 @@ def settings(request: Request) -> Any:
             close = difflib.get_close_matches(name or section, sorted(known), 1, cutoff=0.5)
             hint = f"; did you mean grpo.{close[0]}?" if close else "; write grpo.NAME, NAME a field of GRPOConfig"
             raise NemoflowError(f"overrides: {key}: there is no such setting{hint}")
-        if key in _OWN:
-            raise NemoflowError(f"overrides: {key}: a recipe cannot set this: {_OWN[key]}")
+        if key in REFUSED:
+            raise NemoflowError(f"overrides: {key}: a recipe cannot set this: {REFUSED[key]}")
         given[name] = _typed(key, value, types[name])
     import torch
 
