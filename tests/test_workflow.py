@@ -301,6 +301,21 @@ def test_kill_9_of_the_driver_alone_leaves_a_trainer_that_the_next_run_waits_for
     assert demo.iterations(sft) == list(range(1, 13)), "the orphan trained to the end, and nothing again"
 
 
+def test_kill_9_of_snakemake_alone_lets_the_job_end_and_its_artifact_counts(demo: Work):
+    demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.1})
+    running = demo.start("sft/demo")
+    sft = demo.wait_for("sft", 2)
+    driver, _ = demo.owners(sft)
+    running.kill()
+    running.wait()
+    assert driver.is_running()
+    psutil.wait_procs([driver], timeout=60)
+    assert (sft / "at-12/artifact.json").exists()
+    assert demo.planned("sft/demo") == {"name": 1}
+    demo.run("sft/demo")
+    assert demo.iterations(sft) == list(range(1, 13))
+
+
 def test_an_interrupt_ends_the_trainer_and_the_next_run_resumes(demo: Work):
     demo.set("sft", overrides={"optimizer.lr": 0.01, "sleep.seconds": 0.3})
     running = demo.start("sft/demo")
