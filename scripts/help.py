@@ -1,6 +1,6 @@
 """Print what can be asked for.
 
-    python scripts/help.py config/recipes
+python scripts/help.py config/recipes
 """
 
 import argparse

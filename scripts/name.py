@@ -1,7 +1,7 @@
 """Make a name: a link to an artifact, or a directory of links.
 
-    python scripts/name.py sft/nano3-tiny =../artifacts/sft/nemotron-3-nano-0123456789ab/at-40
-    python scripts/name.py data/nano3-tiny sft=../../artifacts/chats/packed-256-0123456789ab
+python scripts/name.py sft/nano3-tiny =../artifacts/sft/nemotron-3-nano-0123456789ab/at-40
+python scripts/name.py data/nano3-tiny sft=../../artifacts/chats/packed-256-0123456789ab
 """
 
 import argparse
