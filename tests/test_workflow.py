@@ -38,11 +38,15 @@ def touch_every_file(work: Work) -> None:
         os.utime(path, (stamp, stamp), follow_symlinks=False)
 
 
-def touch_from_the_end(work: Work) -> None:
-    """Raw files newest, so that every input is newer than its output."""
-    for age, pattern in enumerate(["raw/*", "**/source/**/*", "**/shards/**/*", "**/pretrain/**/*", "**/sft/**/*"]):
-        for path in work.path.glob(pattern):
+def touch_inputs_newer_than_outputs(work: Work) -> None:
+    """And with no memory of what their content was."""
+    chain = ["raw", "source", "tokenizer", "shards", "blend", "chats", "prompts", "pretrain", "sft", "rl"]
+    for age, part in enumerate(chain):
+        root = work.path / part if part == "raw" else work.path / "artifacts" / part
+        for path in root.rglob("*"):
             os.utime(path, (time.time() - 60 * age,) * 2, follow_symlinks=False)
+    os.utime(work.path / "rl/demo", (time.time() - 6000,) * 2, follow_symlinks=False)
+    remove_snakemake(work)
 
 
 def reorder_keys(work: Work) -> None:
@@ -101,7 +105,7 @@ def remove_raw_files(work: Work) -> None:
     [
         again,
         touch_every_file,
-        touch_from_the_end,
+        touch_inputs_newer_than_outputs,
         reorder_keys,
         respell_values,
         remove_snakemake,
