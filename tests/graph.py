@@ -1,5 +1,6 @@
 """A work directory with a demo recipe, driven through the real `snakemake` command, for tests of the graph."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -248,6 +249,16 @@ class Work:
                 elif path.is_file():
                     found[str(path)] = path.read_bytes()
         return found
+
+
+@contextlib.contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """A process that stands still, but lives; it goes on afterwards, also when the test fails."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 def read_until(process: subprocess.Popen, text: str) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 import psutil
 import pytest
 import yaml
-from graph import DEMO, STAGES, Work, copy_checkout, kill, read_until
+from graph import DEMO, STAGES, Work, copy_checkout, kill, read_until, suspended
 
 DATA_JOBS = {"source": 4, "tokenizer": 1, "shards": 2, "blend": 2, "chats": 1, "prompts": 1}
 CHAIN = Counter(DATA_JOBS | {"pretrain": 2, "sft": 1, "rl": 1, "name": 1})
@@ -251,10 +251,9 @@ def test_a_second_run_waits_for_the_first_and_nothing_is_trained_twice(demo: Wor
     first = demo.start("rl/demo")
     sft = demo.wait_for("sft", 2)
     _, trainer = demo.owners(sft)
-    trainer.suspend()
-    second = demo.start("rl/demo")
-    read_until(second, "another run is working on this")
-    trainer.resume()
+    with suspended(trainer):
+        second = demo.start("rl/demo")
+        read_until(second, "another run is working on this")
     for run in (first, second):
         printed, _ = run.communicate(timeout=120)
         assert run.returncode == 0, printed
@@ -292,13 +291,12 @@ def test_kill_9_of_the_driver_alone_leaves_a_trainer_that_the_next_run_waits_for
     first = demo.start("sft/demo")
     sft = demo.wait_for("sft", 2)
     driver, trainer = demo.owners(sft)
-    trainer.suspend()
-    driver.kill()
-    first.communicate(timeout=60)
-    assert first.returncode != 0
-    second = demo.start("sft/demo")
-    read_until(second, f"another run is working on this (process {trainer.pid})")
-    trainer.resume()
+    with suspended(trainer):
+        driver.kill()
+        first.communicate(timeout=60)
+        assert first.returncode != 0
+        second = demo.start("sft/demo")
+        read_until(second, f"another run is working on this (process {trainer.pid})")
     printed, _ = second.communicate(timeout=60)
     assert second.returncode == 0, printed
     demo.check_today("sft/demo")
