@@ -32,7 +32,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: install-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -s
 
 lint: install-dev
 	$(BIN)/ruff check .

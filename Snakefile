@@ -31,7 +31,7 @@ rule help:
     message:
         "targets"
     shell:
-        "{SCRIPTS}/help.py {RECIPES:q}"
+        program("help.py", *(shlex.quote(str(path)) for path in RECIPES))
 
 
 include: "rules/data.smk"

@@ -85,10 +85,10 @@ class Session:
     def _targets(self) -> list[Target]:
         return [target for view in self.names.values() for target in view.values()]
 
-    def position(self, identity: str, at: int | None = None) -> int:
-        """Where an artifact stands in the order of the chain, for listing."""
-        keys = [(s.identity, n) for t in self._targets() for s, n in self.store.ancestors(t.stage.identity, t.at)]
-        return keys.index((identity, at)) if (identity, at) in keys else len(keys)
+    def order(self) -> dict[tuple[str, int | None], int]:
+        """(identity, state) -> place in the order of the chain, for listing."""
+        keys = ((s.identity, n) for t in self._targets() for s, n in self.store.ancestors(t.stage.identity, t.at))
+        return {key: place for place, key in enumerate(dict.fromkeys(keys))}
 
     def title(self, identity: str, at: int | None = None) -> str:
         """What people call an artifact: by a requested recipe's name for it, else by its label."""

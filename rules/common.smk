@@ -19,7 +19,6 @@ from nemoflow.stages import VIEWS
 
 STORE = workflow.pathvars.apply("<store>")
 RECIPES = [Path("config/recipes"), BASE / "config/recipes"]
-SCRIPTS = f"{shlex.quote(sys.executable)} {shlex.quote(str(BASE / 'scripts'))}"
 TRIGGERS = {"mtime", "params"}
 
 session = Session(STORE, RECIPES)
@@ -69,6 +68,22 @@ def number(wildcards):
     return int(wildcards.n) if hasattr(wildcards, "n") else None
 
 
+def program(name, *arguments):
+    """The shell command of a script, by absolute path: a module's Snakefile lies elsewhere, and its rules' commands see
+    no variable of this file."""
+    words = [
+        shlex.quote(str(word)).replace("{", "{{").replace("}", "}}")
+        for word in (sys.executable, BASE / "scripts" / name)
+    ]
+    return " ".join([*words, *arguments])
+
+
+def job(kind, *arguments):
+    """The shell command that makes an artifact of this kind from its frozen stage."""
+    stages = shlex.quote(f"{STORE}/.stages/").replace("{", "{{").replace("}", "}}")
+    return program(f"{kind}.py", f"--stage {stages}{{wildcards.id}}.json", *arguments, "--log {log:q}")
+
+
 def upstream(wildcards):
     """The artifacts a stage is made from. Ancient: their content is part of the identity, so no time stamp matters."""
     begin()
@@ -93,7 +108,7 @@ def title(wildcards):
 
 
 class Plan(logging.Handler):
-    """Shows, before the first job and under -n, what each job would do: make, train anew, resume or only seal."""
+    """Before the first job, and under -n, shows what each job would do: make, train anew, resume or only seal."""
 
     shown = False
 
@@ -102,13 +117,16 @@ class Plan(logging.Handler):
             return
         self.shown = True
         jobs = [job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict]
-        jobs.sort(key=lambda job: session.position(job.wildcards.id, number(job.wildcards)))
+        order = session.order()
+        jobs.sort(key=lambda job: order.get((job.wildcards.id, number(job.wildcards)), len(order)))
         if jobs:
             clearly(session.check_raw_files, [job.wildcards.id for job in jobs])
             lines = [
                 f"  {title(j.wildcards)}: {clearly(session.plan, j.wildcards.id, number(j.wildcards))}" for j in jobs
             ]
             logger.info("\n".join(["Plan:", *lines, ""]))
+        if not workflow.dryrun:  # here and not in onstart, which a workflow using this one as a module does not take over
+            clearly(session.prepare)
 
 
 if workflow.is_main_process:
@@ -123,10 +141,6 @@ wildcard_constraints:
     n="[0-9]+",
     view="|".join(VIEWS),
     name=".+",
-
-
-onstart:
-    clearly(session.prepare)
 
 
 onsuccess:

@@ -1,4 +1,4 @@
-# Raw text to what training reads. Each rule runs the script of its name.
+# Raw text to what training reads.
 
 
 rule source:
@@ -13,39 +13,79 @@ rule source:
     message:
         "{resources.title}"
     shell:
-        "{SCRIPTS}/{rule}.py --stage {STORE:q}/.stages/{wildcards.id}.json --log {log:q}"
+        job("source")
 
 
-use rule source as tokenizer with:
+rule tokenizer:
+    input:
+        upstream,
     output:
         "<store>/tokenizer/{label}-{id}/artifact.json",
     log:
         "<logs>/tokenizer/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("tokenizer")
 
 
-use rule source as shards with:
+rule shards:
+    input:
+        upstream,
     output:
         "<store>/shards/{label}-{id}/artifact.json",
     log:
         "<logs>/shards/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("shards")
 
 
-use rule source as blend with:
+rule blend:
+    input:
+        upstream,
     output:
         "<store>/blend/{label}-{id}/artifact.json",
     log:
         "<logs>/blend/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("blend")
 
 
-use rule source as chats with:
+rule chats:
+    input:
+        upstream,
     output:
         "<store>/chats/{label}-{id}/artifact.json",
     log:
         "<logs>/chats/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("chats")
 
 
-use rule source as prompts with:
+rule prompts:
+    input:
+        upstream,
     output:
         "<store>/prompts/{label}-{id}/artifact.json",
     log:
         "<logs>/prompts/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("prompts")

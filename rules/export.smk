@@ -1,8 +1,16 @@
 # States as Hugging Face checkpoints.
 
 
-use rule source as hf_export with:
+rule hf_export:
+    input:
+        upstream,
     output:
         "<store>/hf_export/{label}-{id}/artifact.json",
     log:
         "<logs>/hf_export/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("hf_export")

@@ -18,4 +18,4 @@ rule name:
     message:
         "{output}"
     shell:
-        "{SCRIPTS}/name.py {output:q} {params.links:q} 2> {log:q}"
+        program("name.py", "{output:q} {params.links:q} 2> {log:q}")

@@ -14,4 +14,4 @@ rule pretrain:
     message:
         "{resources.title}"
     shell:
-        "{SCRIPTS}/{rule}.py --stage {STORE:q}/.stages/{wildcards.id}.json --at {wildcards.n} --log {log:q}"
+        job("pretrain", "--at {wildcards.n}")

@@ -1,8 +1,17 @@
 # Reinforcement learning: states of trajectories.
 
 
-use rule pretrain as rl with:
+rule rl:
+    input:
+        upstream,
     output:
         "<store>/rl/{label}-{id}/at-{n}/artifact.json",
     log:
         "<logs>/rl/{label}-{id}.at-{n}.log",
+    threads: workflow.cores
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("rl", "--at {wildcards.n}")

@@ -1,8 +1,17 @@
 # Supervised fine-tuning: states of trajectories.
 
 
-use rule pretrain as sft with:
+rule sft:
+    input:
+        upstream,
     output:
         "<store>/sft/{label}-{id}/at-{n}/artifact.json",
     log:
         "<logs>/sft/{label}-{id}.at-{n}.log",
+    threads: workflow.cores
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("sft", "--at {wildcards.n}")

@@ -11,11 +11,8 @@ ALLOWED = {
     # A job is started by a launcher that runs on the node and starts the container itself; Snakemake's own
     # `container:` around it would wrap srun. What runs where stands in envs/.
     r"Specify a conda environment or container for each rule",
-    # Artifact rules carry no params, since a params trigger would make a finished artifact again; where the scripts
-    # and the store lie is no parameter of a result.
     # help prints to the terminal.
     r"No log directive defined",
-    r"Shell command directly uses variable (SCRIPTS|STORE|rule|RECIPES) from outside of the rule",
 }
 """What `snakemake --lint` says of this workflow and is meant so, with the reason."""
 

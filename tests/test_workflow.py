@@ -13,11 +13,12 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from graph import DEMO, STAGES, Work, copy_checkout, kill, read_until, suspended
+from graph import BASE, DEMO, STAGES, Work, copy_checkout, kill, read_until, suspended
 
 DATA_JOBS = {"source": 4, "tokenizer": 1, "shards": 2, "blend": 2, "chats": 1, "prompts": 1}
 CHAIN = Counter(DATA_JOBS | {"pretrain": 2, "sft": 1, "rl": 1, "name": 1})
@@ -774,3 +775,14 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(fresh: Work, tmp_path):
         fresh.run("data/demo@sft")
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_as_a_module_of_another_workflow(fresh: Work, tmp_path: Path):
+    using = tmp_path / "using"
+    shutil.copytree(BASE / "profiles", using / "profiles")
+    module = f'module chain:\n    snakefile: "{BASE}/Snakefile"\n\n\nuse rule * from chain as chain_*\n'
+    (using / "Snakefile").write_text(module)
+    fresh.checkout = using
+    fresh.run("pretrain/demo@phase1")
+    launch = next(fresh.path.glob("artifacts/pretrain/*/launch.json"))
+    assert json.loads(launch.read_text())["title"] == "pretrain phase1 of demo"
