@@ -23,11 +23,8 @@ pathvars:
 include: "rules/common.smk"
 
 
-localrules:
-    help,
-
-
 rule help:
+    localrule: True
     message:
         "targets"
     shell:

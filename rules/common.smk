@@ -125,7 +125,9 @@ class Plan(logging.Handler):
                 f"  {title(j.wildcards)}: {clearly(session.plan, j.wildcards.id, number(j.wildcards))}" for j in jobs
             ]
             logger.info("\n".join(["Plan:", *lines, ""]))
-        if not workflow.dryrun:  # here and not in onstart, which a workflow using this one as a module does not take over
+        if (
+            not workflow.dryrun
+        ):  # here and not in onstart, which a workflow using this one as a module does not take over
             clearly(session.prepare)
 
 

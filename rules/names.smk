@@ -2,10 +2,6 @@
 # exactly the link is made again.
 
 
-localrules:
-    name,
-
-
 rule name:
     input:
         named,
@@ -13,6 +9,7 @@ rule name:
         directory("{view}/{name}"),
     log:
         "<logs>/names/{view}/{name}.log",
+    localrule: True
     params:
         links=links,
     message:

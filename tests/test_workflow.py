@@ -780,7 +780,7 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(fresh: Work, tmp_path):
 def test_as_a_module_of_another_workflow(fresh: Work, tmp_path: Path):
     using = tmp_path / "using"
     shutil.copytree(BASE / "profiles", using / "profiles")
-    module = f'module chain:\n    snakefile: "{BASE}/Snakefile"\n\n\nuse rule * from chain as chain_*\n'
+    module = f'module nemo:\n    snakefile: "{BASE}/Snakefile"\n\n\nuse rule * from nemo as nemo_*\n'
     (using / "Snakefile").write_text(module)
     fresh.checkout = using
     fresh.run("pretrain/demo@phase1")
