@@ -137,7 +137,13 @@ class Work:
     def start(self, *args: str) -> subprocess.Popen:
         """snakemake in a process group of its own, not waited for; its output is in one stream."""
         return subprocess.Popen(
-            **self._command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            **self._command(*args),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            # A shell starts its background jobs with interrupts ignored, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def snakemake(self, *args: str) -> subprocess.CompletedProcess:
