@@ -59,9 +59,9 @@ def _versions() -> dict:
 class Job:
     """A stage being worked on, with its lock held; `at` is the wanted state, for trained kinds."""
 
-    def __init__(self, stage: Stage, at: int | None, held: Writer, say: Callable[[str], None], terminal: int):
+    def __init__(self, stage: Stage, at: int | None, held: Writer, say: Callable[[str], None]):
         self.stage, self.at, self.held = stage, at, held
-        self._say, self.terminal = say, terminal
+        self._say = say
         self.launch = read_json(p) if (p := stage.directory / "launch.json").exists() else {}
         self.log = Path()
 
@@ -233,7 +233,7 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
             raise NemoflowError(f"--at: {'is missing' if stage.trained else f'{stage.kind} has no states'}")
         name = f"{stage.kind} {stage.label}"
         with writer(stage.directory, lambda text: say(f"{name}: {text}")) as held:
-            job = Job(stage, args.at, held, say, terminal)
+            job = Job(stage, args.at, held, say)
             remove_stale_temporaries(stage.directory)
             if (record := stage.sealed(args.at)) is None:
                 begun = time.monotonic()

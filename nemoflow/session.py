@@ -29,7 +29,7 @@ class Session:
         self._titles: dict[str, str] = {}
         self.begun = False
 
-    # -- at parse ----------------------------------------------------------------------------------------------------
+    # -- before the graph --------------------------------------------------------------------------------------------
 
     def resolve(self, targets: Iterable[str]) -> list[str]:
         """Resolve the names among `targets`, writing nothing; returns them.

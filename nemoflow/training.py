@@ -180,13 +180,7 @@ class Trajectory:
         """The exit code of the trainer; it dies with this process, on an interrupt too."""
         checkout = str(Path(__file__).resolve().parents[1])  # jobs in containers have no nemoflow installed
         path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
-        environment = {
-            # Threads that wait sleep: spinning makes CPU training ten times slower as soon as anything else runs
-            "OMP_WAIT_POLICY": "PASSIVE",
-            **os.environ,
-            "PYTHONPATH": path,
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         print("$", *command, flush=True)
         child = subprocess.Popen(command, env=environment)
         self.job.held.add_process(child.pid)
