@@ -1,46 +1,36 @@
-"""Rows of a source artifact: JSON Lines in shard-00000.jsonl, shard-00001.jsonl, ..., one JSON object a line.
+"""Rows of a source: read in any of its formats, counted when broken, split by content.
 
 Bad rows are counted by reason, with the place of the first; a share of them above `max_broken` stops the stage.
 """
 
 import hashlib
-import json
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nemoflow.data.sources import Source, Unit, file_name
 from nemoflow.errors import NemoflowError
 
 SPLITS = ("train", "valid", "test")
 
 
-def shard_name(number: int) -> str:
-    """File name of the shard with this number: shard-00000.jsonl."""
-    return f"shard-{number:05d}.jsonl"
-
-
-def shards_of(source: Path) -> list[Path]:
-    """The shard files of a source artifact, in order.
-
-    Raises NemoflowError when there is none.
-    """
-    found = sorted(source.glob("shard-*.jsonl"))
-    if not found:
-        raise NemoflowError(f"{source}: no shard-*.jsonl here; the source is incomplete, make it again")
-    return found
-
-
 def dump(row: dict) -> bytes:
     """One line of a source: compact JSON in UTF-8, keys in the order given."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return msgspec.json.encode(row) + b"\n"
 
 
 class Shards:
-    """Writes rows into `count` shard files in turn: row i goes to shard i mod `count`, so shards are equal in rows."""
+    """Writes rows into `count` files of a source in turn: row i goes to file i mod `count`, so all have as many."""
 
     def __init__(self, out: Path, count: int):
-        self._files = [(out / shard_name(i)).open("wb") for i in range(count)]
+        (out / "files").mkdir()
+        self._files = [(out / file_name(i, "jsonl")).open("wb") for i in range(count)]
         self.rows = 0
         self.bytes = 0
 
@@ -88,36 +78,63 @@ class Broken:
             )
 
 
-def read(path: Path, broken: Broken) -> Iterator[tuple[str, bytes, dict]]:
-    """Each usable row of one shard as (place, line, row); `place` is file:line. Blank lines are skipped.
+def read(source: Source, units: Iterable[Unit], broken: Broken) -> Iterator[tuple[int, int, dict]]:
+    """Each usable row of some units as (file, row, object); `row` counts from 1, in lines or in Parquet rows.
 
-    Lines that are not UTF-8, not JSON or not an object are counted in `broken`.
+    Blank lines are skipped; lines that are not UTF-8, not JSON or not an object are counted in `broken`.
 
-    Raises NemoflowError when the file cannot be read.
+    Raises NemoflowError naming file and row when a file cannot be read.
     """
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError:
-                    broken.add("not UTF-8", place)
-                    continue
-                except ValueError:
-                    broken.add("not JSON", place)
-                    continue
-                except RecursionError:
-                    broken.add("nested too deeply", place)
-                    continue
-                if isinstance(row, dict):
-                    yield place, line, row
-                else:
-                    broken.add("not a JSON object", place)
-    except OSError as error:
-        raise NemoflowError(f"{path}: cannot be read ({error.strerror})") from None
+    for unit in units:
+        number = unit[0]
+        at = 0
+        try:
+            match source.format:
+                case "txt":
+                    yield number, 1, {"text": source.path(number).read_text(encoding="utf-8")}
+                case "parquet":
+                    for at, row in _parquet(source.path(number), *unit[1:]):
+                        yield number, at, row
+                case _:
+                    for at, line in enumerate(_lines(source.path(number), source.format), 1):
+                        if not line.strip():
+                            continue
+                        try:
+                            row = msgspec.json.decode(line)
+                        except msgspec.DecodeError:
+                            broken.add("not JSON", source.place(number, at))
+                            continue
+                        except UnicodeDecodeError:
+                            broken.add("not UTF-8", source.place(number, at))
+                            continue
+                        except RecursionError:
+                            broken.add("nested too deeply", source.place(number, at))
+                            continue
+                        if isinstance(row, dict):
+                            yield number, at, row
+                        else:
+                            broken.add("not a JSON object", source.place(number, at))
+        except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
+            raise NemoflowError(
+                f"{source.place(number, at + 1)}: cannot be read as {source.format} ({error}); repair the file, "
+                "or leave it out and run `nemoflow lock`"
+            ) from None
+
+
+def _lines(path: Path, format_: str) -> Iterator[bytes]:
+    compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
+    with io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20) as lines:
+        yield from lines
+
+
+def _parquet(path: Path, first: int = 0, end: int | None = None) -> Iterator[tuple[int, dict]]:
+    with pq.ParquetFile(path) as file:
+        end = file.metadata.num_row_groups if end is None else end
+        at = sum(file.metadata.row_group(i).num_rows for i in range(first))
+        for batch in file.iter_batches(batch_size=1000, row_groups=list(range(first, end))):
+            for row in batch.to_pylist():
+                at += 1
+                yield at, row
 
 
 def text_of(row: dict, field: str) -> str:

@@ -1,0 +1,70 @@
+"""Source artifacts as the programs that consume them see them: numbered files of one format, read in pieces.
+
+    files/00000.parquet, files/00001.parquet, ...    as downloaded, as generated, or links to local files
+
+A *unit* is what is read at once: a whole file `(file,)`, or row groups of a Parquet file `(file, first, end)`, `end`
+excluded. Readers name a row by its origin: the path or address it came from, not the store's numbered file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemoflow.errors import NemoflowError
+
+FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
+"""Formats of raw files."""
+
+Unit = tuple[int] | tuple[int, int, int]
+
+
+def file_name(number: int, format_: str) -> str:
+    """Name of a source's file within its artifact: files/00000.jsonl."""
+    return f"files/{number:05d}.{format_}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished source artifact.
+
+    directory: of the artifact. payload: what defines it. count: its files. format: of every file, one of FORMATS.
+    """
+
+    directory: Path
+    payload: dict
+    count: int
+    format: str
+
+    def path(self, number: int) -> Path:
+        """File `number` in the store."""
+        return self.directory / file_name(number, self.format)
+
+    def origin(self, number: int) -> str:
+        """Where file `number` came from, as people know it: a local path, hf://datasets/..., or the generated file."""
+        if "hub" in self.payload:
+            hub = self.payload["hub"]
+            return f"hf://datasets/{hub['repo']}@{hub['commit'][:12]}/{self.payload['files'][number]['path']}"
+        path = self.path(number)
+        return str(path.readlink()) if path.is_symlink() else str(path)
+
+    def place(self, number: int, row: int) -> str:
+        """Where a row is, for messages: origin:line, or for Parquet origin: row N. Both count from 1."""
+        return f"{self.origin(number)}: row {row}" if self.format == "parquet" else f"{self.origin(number)}:{row}"
+
+    def units(self) -> list[Unit]:
+        """Every file as a unit."""
+        return [(number,) for number in range(self.count)]
+
+
+def open_source(directory: Path) -> Source:
+    """The source in a finished artifact's directory.
+
+    Raises NemoflowError when it is not finished or cannot be read.
+    """
+    try:
+        payload = json.loads((directory / "sealed.json").read_text(encoding="utf-8"))["payload"]
+    except (OSError, ValueError, KeyError) as error:
+        raise NemoflowError(f"{directory}/sealed.json: cannot be read ({error}); the source is incomplete") from None
+    if "generator" in payload:
+        return Source(directory, payload, payload["shards"], "jsonl")
+    return Source(directory, payload, len(payload["files"]), payload["format"])
