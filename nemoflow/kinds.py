@@ -35,29 +35,46 @@ def slug(text: str, limit: int = 48) -> str:
 def _source(payload: dict, _: Callable) -> str:
     if "generator" in payload:
         return slug(payload["generator"])
+    if "hub" in payload:
+        hub = payload["hub"]
+        parts = [hub["repo"].rpartition("/")[2], hub.get("config"), hub.get("split", "train")]
+        return slug("-".join(p for p in parts if p and p not in ("default", "train")))
     return slug(f"{payload['format']}-{len(payload['files'])}-files")
 
 
 def _tokenizer(payload: dict, _: Callable) -> str:
+    if "hub" in payload:
+        return slug(payload["hub"]["repo"].rpartition("/")[2], 32)
     return slug(f"bpe-{payload['vocab_size']}") if "vocab_size" in payload else "imported"
 
 
 def _shards(payload: dict, look: Callable) -> str:
-    return f"{_source(look(payload['source']), look)}-{_tokenizer(look(payload['tokenizer']), look)}"
+    name = f"{_source(look(payload['source']), look)}-{_tokenizer(look(payload['tokenizer']), look)}"
+    first, count = payload.get("first", 0), len(payload["shards"])
+    return f"{name}-{first}-{first + count - 1}" if count > 1 else f"{name}-{first}"
+
+
+def _merge(payload: dict, look: Callable) -> str:
+    tokenizer = look(look(payload["parts"][0])["tokenizer"])
+    return f"{_source(look(payload['source']), look)}-{_tokenizer(tokenizer, look)}"
 
 
 def _blend(payload: dict, look: Callable) -> str:
-    names = [_source(look(look(part["shards"])["source"]), look) for part in payload["parts"]]
+    names = [_source(look(look(part["merge"])["source"]), look) for part in payload["parts"]]
     return slug("-".join(names)) if len(names) < 4 else f"{len(names)}-sources"
+
+
+def _index(payload: dict, look: Callable) -> str:
+    return f"{_blend(look(payload['data']), look)}-{payload['samples']}-samples"
 
 
 def _chats(payload: dict, look: Callable) -> str:
     names = [_source(look(part["source"]), look) for part in payload["parts"]]
-    return slug("-".join([f"packed-{payload['pack_size']}", *names]))
+    return slug("-".join([f"packed-{payload['pack_size']}", *(names if len(names) < 4 else [f"{len(names)}-sources"])]))
 
 
-def _prompts(payload: dict, look: Callable) -> str:
-    return slug("-".join(_source(look(s), look) for s in payload["sources"]))
+def _rows(payload: dict, look: Callable) -> str:
+    return slug("-".join(_source(look(part["source"]), look) for part in payload["parts"]))
 
 
 def _megatron(payload: dict, _: Callable) -> str:
@@ -76,14 +93,34 @@ def _export(payload: dict, look: Callable) -> str:
 
 
 KINDS: dict[str, Kind] = {
-    "source": Kind(_source, {"seed": 0, "field": "text", "args": {}}),
+    "source": Kind(_source, {"seed": 0, "args": {}}),
     "tokenizer": Kind(_tokenizer, {"chat_template": "chatml"}),
     "shards": Kind(
-        _shards, {"valid": "1/50", "test": "1/50", "text_field": "text", "append_eod": True, "max_broken": "1/1000"}
+        _shards,
+        {
+            "text_field": "text",
+            "append_eod": True,
+            "control_strings": "plain",
+            "max_broken": "1/1000",
+            "pool": "1",
+            "first": 0,
+        },
     ),
+    "merge": Kind(_merge, {"valid": 8_000_000, "test": 8_000_000, "cap": "1/50", "prefixes": 1}),
     "blend": Kind(_blend),
-    "chats": Kind(_chats, {"valid": "1/20", "seed": 0, "too_long": "drop", "max_broken": "1/1000"}),
-    "prompts": Kind(_prompts, {"valid": "1/20", "max_broken": "0"}),
+    "index": Kind(_index, {"overrides": {}}),
+    "chats": Kind(
+        _chats,
+        {
+            "valid": "1/20",
+            "seed": 0,
+            "too_long": "drop",
+            "pad_multiple": 1,
+            "max_broken": "1/1000",
+        },
+    ),
+    "prompts": Kind(_rows, {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0"}),
+    "preferences": Kind(_rows, {"valid": "1/20", "fields": {}, "max_broken": "1/1000"}),
     "pretrain": Kind(_megatron, {"version": 1, "overrides": {}}),
     "sft": Kind(_megatron, {"version": 1, "overrides": {}}),
     "rl": Kind(_rl, {"version": 1, "overrides": {}}),
@@ -123,14 +160,22 @@ def inputs(payload: dict) -> list[Ref]:
             return [Ref("sources", s) for s in payload.get("sources", [])]
         case "shards":
             return [Ref("source", payload["source"]), Ref("tokenizer", payload["tokenizer"])]
+        case "merge":
+            return [*(Ref("parts", part) for part in payload["parts"]), Ref("source", payload["source"])]
         case "blend":
-            return [Ref("parts", part["shards"]) for part in payload["parts"]]
+            return [Ref("parts", part["merge"]) for part in payload["parts"]]
+        case "index":
+            return [Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
         case "chats":
             return [Ref("sources", part["source"]) for part in payload["parts"]] + [
                 Ref("tokenizer", payload["tokenizer"])
             ]
         case "prompts":
-            return [Ref("sources", s) for s in payload["sources"]]
+            found = [Ref("sources", part["source"]) for part in payload["parts"]]
+            placeholders = payload.get("placeholders", {})
+            return found + [Ref("placeholder_sources", placeholders[key]["source"]) for key in sorted(placeholders)]
+        case "preferences":
+            return [Ref("sources", part["source"]) for part in payload["parts"]]
         case "pretrain" | "sft" | "rl":
             init = payload.get("init", {})
             start = [Ref("init", init["from"], init["at"])] if "from" in init else []

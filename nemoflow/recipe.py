@@ -30,15 +30,45 @@ _NUMBER_IN_DISGUISE = re.compile(r"^([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)$")
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def _share(value: Any) -> str:
-    """An exact positive fraction as text: 3/10, 0.3 and 1 are accepted; 0.3 means exactly 3/10."""
+def _fraction(value: Any) -> Fraction:
+    """An exact fraction: 3/10, 0.3 and 1 are accepted; 0.3 means exactly 3/10."""
     try:
-        share = Fraction(str(value))
+        if isinstance(value, bool):
+            raise ValueError
+        return Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         raise ValueError('give a fraction such as "3/10" or 0.3') from None
-    if isinstance(value, bool) or not 0 < share <= 1:
+
+
+def _share(value: Any) -> str:
+    """An exact fraction above 0 and at most 1, as text."""
+    if not 0 < (share := _fraction(value)) <= 1:
         raise ValueError("give a fraction above 0 and at most 1")
     return str(share)
+
+
+def _portion(value: Any) -> str:
+    """An exact fraction from 0 to 1, as text."""
+    if not 0 <= (share := _fraction(value)) <= 1:
+        raise ValueError("give a fraction from 0 to 1")
+    return str(share)
+
+
+def _weight(value: Any) -> str:
+    """An exact positive number, as text."""
+    if (weight := _fraction(value)) <= 0:
+        raise ValueError("give a number above 0")
+    return str(weight)
+
+
+def _bytes(value: Any) -> int:
+    """A whole number of bytes: 1048576 or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)."""
+    if match := re.fullmatch(r"([0-9]+)(?: ?(?:([KMGT])iB|([kMGT])B))?", str(value)):
+        number, binary, decimal = match.groups()
+        size = int(number) * (1024 ** (" KMGT".index(binary)) if binary else 1000 ** (" kMGT".index(decimal or " ")))
+        if size > 0:
+            return size
+    raise ValueError("give a size such as 512MiB")
 
 
 def _tokens(value: Any) -> int:
@@ -67,6 +97,21 @@ Share = Annotated[
     BeforeValidator(_share),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": r"^\d+(/\d+|\.\d+)?$"}, {"type": "number", "exclusiveMinimum": 0}]}
+    ),
+]
+_NUMBER = {"anyOf": [{"type": "string", "pattern": r"^\d+(/\d+|\.\d+)?$"}, {"type": "number", "minimum": 0}]}
+Portion = Annotated[str, BeforeValidator(_portion), WithJsonSchema(_NUMBER)]
+Weight = Annotated[str, BeforeValidator(_weight), WithJsonSchema(_NUMBER)]
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^\d+ ?([KMGT]iB|[kMGT]B)$"},
+            ]
+        }
     ),
 ]
 Tokens = Annotated[
@@ -101,23 +146,50 @@ Steps = Annotated[
 ]
 
 
-class Generated(Model):
+class _Source(Model):
+    field: str = "text"
+    """The key or column that holds the text of a document; chats are looked for under "messages" by default."""
+    max_broken: Portion = "1/1000"
+    """Share of the rows that may be unusable; more is an error. In pretraining data."""
+    control_strings: Literal["plain", "control"] = "plain"
+    """Whether text that spells a control token stays text (plain) or becomes that token. In pretraining data."""
+
+
+class Generated(_Source):
     generator: Literal["stdlib_topics", "stdlib_docstrings", "stdlib_chats", "arithmetic_chats", "arithmetic_rl"]
     """A program that writes this source; the texts come from the Python interpreter's own documentation."""
     args: dict[str, Any] = {}
     """Arguments of the generator."""
     seed: int = 0
     shards: Annotated[int, Field(gt=0)]
-    """Files the source is written as; shards are tokenized independently."""
+    """Files the source is written as; each is tokenized as a shard of its own."""
 
 
-class Files(Model):
+class Files(_Source):
     files: str
-    """A file or a glob of local raw files, relative to the directory Snakemake runs in. Pinned by `nemoflow lock`."""
-    format: Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"]
-    field: str = "text"
-    """The key or column that holds the text."""
-    shards: Annotated[int, Field(gt=0)] = 2
+    """A file or a glob of local raw files, relative to the directory Snakemake runs in, or hf://ORGANISATION/NAME: a
+    dataset on the hub. Pinned by `nemoflow lock`."""
+    config: str | None = None
+    """The dataset's configuration (its subset); needed where it has several."""
+    split: str = "train"
+    """The dataset's split."""
+    revision: str | None = None
+    """A branch, tag or commit of the dataset; its main branch by default. The lock pins the commit."""
+    format: Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"] | None = None
+    """By default what the files' names say."""
+    shard_size: Bytes = 512 * 2**20
+    """Bytes of raw files tokenized as one shard; larger Parquet files are divided by row group."""
+
+
+class BlendSource(Files):
+    """A source of a blend file."""
+
+    weight: Weight = "1"
+    """Pretraining: the source's share of the tokens is its weight by the sum of all."""
+    repeat: Weight = "1"
+    """SFT: how often each chat is repeated."""
+    reason: str = ""
+    """Why it is there, with this weight."""
 
 
 class TrainedTokenizer(Model):
@@ -125,36 +197,104 @@ class TrainedTokenizer(Model):
     """Sources the tokenizer is trained on."""
     vocab_size: Annotated[int, Field(gt=256)]
     chat_template: Literal["chatml"] = "chatml"
+    engine: Literal["gigatoken", "tokenizers"] = "gigatoken"
+    """The program that tokenizes; the ids are the same, so it is not part of any identity."""
 
 
 class LocalTokenizer(Model):
     files: str
-    """A directory with tokenizer.json and tokenizer_config.json. Pinned by `nemoflow lock`."""
+    """A directory with tokenizer.json and tokenizer_config.json, or hf://ORGANISATION/NAME: a model on the hub. Pinned
+    by `nemoflow lock`."""
+    revision: str | None = None
+    """A branch, tag or commit on the hub."""
+    engine: Literal["gigatoken", "tokenizers"] = "gigatoken"
+    """The program that tokenizes; the ids are the same, so it is not part of any identity."""
+
+
+class HeldOut(Model):
+    valid: Tokens = 8_000_000
+    """Tokens of each source kept for validation: whole documents, chosen by content hash."""
+    test: Tokens = 8_000_000
+    cap: Share = "1/50"
+    """Share of a source that validation, and test, may take at most."""
+
+
+def _named(type_: Any) -> Any:
+    """`type_`, or the name of a file in config/blends that lists it."""
+    return Annotated[
+        Annotated[type_, Tag("<given>")] | Annotated[Name, Tag("<blend>")],
+        Discriminator(lambda v: "<blend>" if isinstance(v, str) else "<given>"),
+    ]
 
 
 class PretrainData(Model):
-    blend: Annotated[dict[Name, Share], Field(min_length=1)]
-    """Source -> share of the tokens read; exact fractions that add up to 1."""
-    valid: Share = "1/50"
-    """Share of the documents kept for validation, chosen by content hash."""
-    test: Share = "1/50"
+    blend: _named(Annotated[dict[Name, Share], Field(min_length=1)])
+    """Source -> share of the tokens read, exact fractions that add up to 1; or the name of a file in config/blends."""
+    max_epochs: Weight = "4"
+    """How often a source may be read at most; more is an error. Not part of the identity."""
 
 
 class SftData(Model):
-    chats: Annotated[dict[Name, Annotated[int, Field(gt=0)]], Field(min_length=1)]
-    """Source of chats -> how often each chat is repeated."""
+    chats: _named(Annotated[dict[Name, Weight], Field(min_length=1)])
+    """Source of chats -> how often each chat is repeated; or the name of a file in config/blends."""
     pack_size: Annotated[int, Field(gt=0)]
     """Tokens in one packed sequence."""
     valid: Share = "1/20"
-    too_long: Literal["drop", "truncate"] = "drop"
-    """What becomes of a chat longer than pack_size; both are counted."""
+    """Share of the chats kept for validation, chosen by content hash."""
+    too_long: Literal["drop", "truncate", "split"] = "drop"
+    """What becomes of a sequence longer than pack_size; all are counted."""
+    template: str | None = None
+    """A chat template's file, relative to the recipe's, in place of the tokenizer's own. Its content is identity."""
+    used_in: str | None = None
+    """Only chats whose `used_in` names this."""
+    pad_multiple: Annotated[int, Field(gt=0)] = 1
+    """Each sequence is padded to a multiple of this: lcm(2 CP, CP TP with SP) for context parallelism."""
+    window: Annotated[int, Field(gt=0)] | None = None
+    """Sequences packed at a time."""
+    max_broken: Portion = "1/1000"
+    """Share of the chats that may be unusable; more is an error."""
     seed: int = 0
 
 
+class Placeholder(Model):
+    source: Name
+    """The source whose rows the placeholders number."""
+    template: Literal["dapo", "skywork"]
+    """How the question is put together."""
+
+
 class RlData(Model):
-    prompts: Annotated[list[Name], Field(min_length=1)]
-    """Sources of rows in NeMo-Gym's layout."""
+    prompts: _named(Annotated[list[Name], Field(min_length=1)])
+    """Sources of rows in NeMo-Gym's layout; or the name of a file in config/blends."""
     valid: Share = "1/20"
+    placeholders: dict[str, Placeholder] = {}
+    """`dataset` of a placeholder row -> where its question stands."""
+    allow_unresolved: list[str] = []
+    """`dataset` values whose placeholders may stay unresolved: left out and counted."""
+    max_broken: Portion = "0"
+
+
+class PreferenceData(Model):
+    preferences: Annotated[list[Name], Field(min_length=1)]
+    """Sources of rows with a prompt, a chosen and a rejected answer."""
+    valid: Share = "1/20"
+    fields: dict[Literal["prompt", "chosen", "rejected"], str] = {}
+    """What the columns are called, where not so."""
+    max_broken: Portion = "1/1000"
+
+
+def _kind_of_data(value: Any) -> str:
+    keys = value if isinstance(value, dict) else vars(value)
+    return f"<{next((k for k in ('chats', 'prompts', 'preferences') if k in keys), 'blend')} data>"
+
+
+DataSet = Annotated[
+    Annotated[PretrainData, Tag("<blend data>")]
+    | Annotated[SftData, Tag("<chats data>")]
+    | Annotated[RlData, Tag("<prompts data>")]
+    | Annotated[PreferenceData, Tag("<preferences data>")],
+    Discriminator(_kind_of_data),
+]
 
 
 class Init(Model):
@@ -236,10 +376,24 @@ class Recipe(Model):
             _by_key("files", "<files>", "<generated>"),
         ],
     ]
+    held_out: HeldOut = HeldOut()
+    """What of each pretraining source is kept for validation and test, in every stage the same."""
     overrides: dict[Name, Overrides] = {}
     """Engine -> settings shared by all its stages; a stage's own win."""
+    datasets: dict[Name, DataSet] = {}
+    """Data made for its own sake: data/RECIPE@NAME."""
     stages: Annotated[list[Stage], Field(min_length=1)]
     export: Export = Export()
+
+
+class Blend(Model):
+    """A file in config/blends: sources that belong together, with their weights and the reason for each."""
+
+    description: str = ""
+    sources: Annotated[dict[Name, BlendSource], Field(min_length=1)]
+    placeholder_sources: dict[Name, BlendSource] = {}
+    """Sources that placeholder rows point into."""
+    placeholders: dict[str, Placeholder] = {}
 
 
 class _Loader(yaml.SafeLoader):
@@ -355,6 +509,10 @@ _MEMBERS = {  # the tags of the unions above
     "<sft>": Sft,
     "<rl>": Rl,
     "<tokens>": TokenCount,
+    "<blend data>": PretrainData,
+    "<chats data>": SftData,
+    "<prompts data>": RlData,
+    "<preferences data>": PreferenceData,
 }
 
 
@@ -377,9 +535,8 @@ def _aliases(model: type[Model]) -> dict[str, Any]:
     return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
 
 
-def _known_keys(location: tuple) -> list[str]:
-    """The keys of the type that the parent of a pydantic error location has."""
-    model: Any = Recipe
+def _known_keys(location: tuple, model: Any) -> list[str]:
+    """The keys of the type that the parent of a pydantic error location has, in a file of type `model`."""
     for step in location[:-1]:
         if step in _MEMBERS:
             model = _MEMBERS[step]
@@ -390,13 +547,13 @@ def _known_keys(location: tuple) -> list[str]:
     return sorted(_aliases(model))
 
 
-def _explain(error: ValidationError, data: dict, path: Path) -> str:
+def _explain(error: ValidationError, data: dict, path: Path, model: type[Model]) -> str:
     """One error, in one line: file, key, value, fix. An unknown key first: it often is the one that is missing."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key, value = _where(first["loc"], data)
     match first["type"]:
         case "extra_forbidden":
-            return f"{path}: {key}: unknown key{_nearest(str(first['loc'][-1]), _known_keys(first['loc']))}"
+            return f"{path}: {key}: unknown key{_nearest(str(first['loc'][-1]), _known_keys(first['loc'], model))}"
         case "missing":
             return f"{path}: {key}: is missing"
         case "union_tag_invalid":
@@ -414,16 +571,55 @@ def _number(text: str) -> str:
     )
 
 
+def _validated(model: type[Model], data: dict, path: Path) -> Any:
+    for key, text in _disguised(data):
+        raise NemoflowError(f"{path}: {key}: {text} is a string in YAML, not a number; write {_number(text)}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise NemoflowError(_explain(error, data, path, model)) from None
+
+
 def load(name: str, directories: list[Path]) -> tuple[Path, Recipe]:
-    """Recipe `name` with what it extends, and its file.
+    """Recipe `name` with what it extends and the blends it names, and its file.
 
     Raises NemoflowError naming file, key, value and fix for everything that is wrong with it.
     """
     path, data = _extended(name, directories)
-    for key, text in _disguised(data):
-        raise NemoflowError(f"{path}: {key}: {text} is a string in YAML, not a number; write {_number(text)}")
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        raise NemoflowError(_explain(error, data, path)) from None
+    recipe = _validated(Recipe, data, path)
+    for where, part in [
+        *((f"stages[{stage.name}].data", stage.data) for stage in recipe.stages),
+        *((f"datasets.{key}", dataset) for key, dataset in recipe.datasets.items()),
+    ]:
+        _fill_in(recipe, part, f"{path}: {where}", directories)
     return path, recipe
+
+
+def _fill_in(recipe: Recipe, data: Any, where: str, directories: list[Path]) -> None:
+    """Put a blend file's sources, shares, repeats or placeholders in the place of its name."""
+    key = next((k for k in ("blend", "chats", "prompts") if isinstance(getattr(data, k, None), str)), None)
+    if key is None:
+        return
+    name = getattr(data, key)
+    folders = [directory.parent / "blends" for directory in directories]
+    file = next((f for folder in folders if (f := folder / f"{name}.yaml").is_file()), None)
+    if file is None:
+        known = sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
+        raise NemoflowError(f"{where}.{key}: there is no {name}.yaml in {_listed(folders)}{_nearest(name, known)}")
+    blend = _validated(Blend, read_yaml(file), file)
+    for source, spec in (blend.sources | blend.placeholder_sources).items():
+        plain = Files(**spec.model_dump(include=Files.model_fields.keys()))
+        if recipe.sources.setdefault(source, plain) != plain:
+            raise NemoflowError(f"{where}.{key}: {file} and the recipe both have a source {source!r}, and they differ")
+    if key == "blend":
+        total = sum(Fraction(spec.weight) for spec in blend.sources.values())
+        data.blend = {source: str(Fraction(spec.weight) / total) for source, spec in blend.sources.items()}
+    elif key == "chats":
+        data.chats = {source: spec.repeat for source, spec in blend.sources.items()}
+    else:
+        data.prompts = list(blend.sources)
+        data.placeholders = blend.placeholders | data.placeholders
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths))
