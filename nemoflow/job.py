@@ -19,8 +19,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 
 from nemoflow import kinds, summary
+from nemoflow.data.made import Made
 from nemoflow.errors import NemoflowError
 from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
 from nemoflow.store import write_atomically as write
@@ -30,7 +32,20 @@ DIGEST_CHECK_BYTES = 2**30
 """Inputs up to this size are read again and compared with their digests before use: about a second. Larger ones are
 compared by file sizes; a deep check of those is asked for, not done by the way."""
 
-_PACKAGES = ("megatron-bridge", "megatron-core", "torch", "transformers", "trl", "tokenizers", "numpy", "pyarrow")
+_RECORDS = ("artifact.json", "attempts", "launch.json", "lock", "partial", "run.json", "sealed.json")
+"""What stands in an artifact's directory besides its contents."""
+
+_PACKAGES = (
+    "megatron-bridge",
+    "megatron-core",
+    "torch",
+    "transformers",
+    "trl",
+    "tokenizers",
+    "gigatoken",
+    "numpy",
+    "pyarrow",
+)
 
 
 def _now() -> str:
@@ -59,8 +74,8 @@ def _versions() -> dict:
 class Job:
     """A stage being worked on, with its lock held; `at` is the wanted state, for trained kinds."""
 
-    def __init__(self, stage: Stage, at: int | None, held: Writer, say: Callable[[str], None]):
-        self.stage, self.at, self.held = stage, at, held
+    def __init__(self, stage: Stage, at: int | None, held: Writer, say: Callable[[str], None], threads: int):
+        self.stage, self.at, self.held, self.threads = stage, at, held, threads
         self._say = say
         self.launch = read_json(p) if (p := stage.directory / "launch.json").exists() else {}
         self.log = Path()
@@ -123,10 +138,15 @@ class Job:
 
     def check_inputs(self) -> None:
         """Compare the inputs with what was sealed. Raises NemoflowError naming the file that is missing or differs."""
-        for directory in (stage.state(at) for stage, at in self.stage.reads()):
+        for stage, at in self.stage.reads():
+            directory = stage.state(at)
             if not (directory / "sealed.json").exists():
                 raise NemoflowError(f"{directory}: is not finished (no sealed.json); run snakemake on the name again")
             contents = read_json(directory / "sealed.json")["contents"]
+            if stage.kind == "source" and self.stage.kind == "shards":
+                # A source may have ten thousand files, of which each of its hundred jobs reads a few.
+                own = {unit[0] for shard in self.stage.payload["shards"] for unit in shard}
+                contents = [entry for entry in contents if int(Path(entry["name"]).name.partition(".")[0]) in own]
             deep = sum(c["size"] for c in contents) <= DIGEST_CHECK_BYTES
             for entry in contents:
                 path = directory / entry["name"]
@@ -137,7 +157,7 @@ class Job:
                     else f"has {size} bytes, sealed with {entry['size']}"
                     if size != entry["size"]
                     else "has other bytes than it was sealed with"
-                    if deep and "sha256" in entry and file_digest(path) != entry["sha256"]
+                    if deep and any(file_digest(path, a) != entry[a] for a in ("sha256", "blake3") if a in entry)
                     else None
                 )
                 if wrong:
@@ -173,31 +193,50 @@ def contents(directory: Path) -> list[dict]:
     ]
 
 
-def build(make: Callable[..., dict]) -> Callable[[Job], None]:
-    """The work of a job of a flat kind: `make` writes into an empty directory, which is then taken over and sealed.
+def _contents_of(directory: Path) -> list[Path]:
+    """What an artifact's directory holds besides the records around it."""
+    return [p for p in directory.iterdir() if p.name not in _RECORDS and not p.name.startswith(".")]
 
-    make(payload, inputs, out, progress) returns the artifact's measures; `inputs` maps a role to a directory, or to a
-    list of them where the role is in the plural. A `make` with a parameter `lineage` gets the sealed records of all
-    ancestors, inputs before what consumes them.
+
+def build(program: ModuleType) -> Callable[[Job], None]:
+    """The work of a job of a flat kind: the program's `make` writes into a directory, which is taken over and sealed.
+
+    make(payload, inputs, out, progress) returns the artifact's measures, or `Made`; `inputs` maps a role to a
+    directory, or to a list of them where the role is in the plural. It may have further parameters: `lineage`, the
+    sealed records of all ancestors, inputs before what consumes them; `launch`, what stands outside the identity;
+    `threads`, how many processors it may use.
+
+    `out` is empty, unless the program says RESUMES = True: then it holds what an interrupted attempt finished.
     """
+    make, resumes = program.make, getattr(program, "RESUMES", False)
 
     def work(job: Job) -> None:
         stage, partial = job.stage, job.stage.directory / "partial"
         job.check_inputs()
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(exist_ok=True)
+        if resumes:
+            for path in _contents_of(stage.directory):  # an attempt died between taking them over and sealing
+                path.replace(partial / path.name)
         inputs = {role: paths if role.endswith("s") else paths[0] for role, paths in job.inputs().items()}
         if "paths" in job.launch:
             inputs["files"] = [Path(p) for p in job.launch["paths"]]
-        more = {}
-        if "lineage" in inspect.signature(make).parameters:
-            upstream = [(s, n) for s, n in stage.store.ancestors(stage.identity) if s is not stage]
-            more["lineage"] = [s.sealed(n) for s, n in upstream]
+        offered = {
+            "launch": lambda: job.launch,
+            "threads": lambda: job.threads,
+            "lineage": lambda: [
+                s.sealed(n) for s, n in stage.store.ancestors(stage.identity) if s.identity != stage.identity
+            ],
+        }
+        more = {key: offered[key]() for key in offered.keys() & inspect.signature(make).parameters.keys()}
         try:
-            measures = make(kinds.complete(stage.payload), inputs, partial, job.say, **more)
-            made = contents(partial)
+            made = make(kinds.complete(stage.payload), inputs, partial, job.say, **more)
+            if not isinstance(made, Made):
+                made = Made(made, contents(partial))
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
+            if not resumes:
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
             raise
         for path in sorted(partial.iterdir()):
             target = stage.directory / path.name
@@ -205,7 +244,7 @@ def build(make: Callable[..., dict]) -> Callable[[Job], None]:
                 shutil.rmtree(target)  # left by an attempt that died before it sealed
             path.replace(target)
         partial.rmdir()
-        seal(stage, None, measures, made)
+        seal(stage, None, made.measures, made.contents)
 
     return work
 
@@ -218,6 +257,7 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--stage", type=Path, required=True, help="the frozen stage, STORE/.stages/IDENTITY.json")
     parser.add_argument("--at", type=int, help="the state wanted, for pretrain, sft and rl")
+    parser.add_argument("--threads", type=int, default=1, help="processors the job may use")
     parser.add_argument("--log", type=Path, help="where a short copy of the newest attempt's log goes")
     args = parser.parse_args(argv)
     terminal = os.dup(2)
@@ -233,7 +273,7 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
             raise NemoflowError(f"--at: {'is missing' if stage.trained else f'{stage.kind} has no states'}")
         name = f"{stage.kind} {stage.label}"
         with writer(stage.directory, lambda text: say(f"{name}: {text}")) as held:
-            job = Job(stage, args.at, held, say)
+            job = Job(stage, args.at, held, say, args.threads)
             remove_stale_temporaries(stage.directory)
             if (record := stage.sealed(args.at)) is None:
                 begun = time.monotonic()

@@ -108,11 +108,11 @@ class Session:
         needed = {s.identity for t in self._targets() for s, _ in self.store.ancestors(t.stage.identity, t.at)}
         for recipe in self.recipes.values():
             trained = {t.stage.identity: t for t in recipe.stages.values()}
-            for identity in needed & (trained.keys() | recipe.paths.keys() | _titles(recipe).keys()):
+            for identity in needed & (trained.keys() | recipe.launch.keys() | _titles(recipe).keys()):
                 stage = self.store.load(identity)
-                launch: dict = {"title": self.title(identity)}
-                if identity in recipe.paths:
-                    launch["paths"] = [str(Path(p).absolute()) for p in recipe.paths[identity]]
+                launch = {"title": self.title(identity), **recipe.launch.get(identity, {})}
+                if "paths" in launch:
+                    launch["paths"] = [str(Path(p).absolute()) for p in launch["paths"]]
                 if found := trained.get(identity):
                     launch["overrides"] = {k: v for k, v in found.overrides.items() if found.engine.outside(k)}
                     launch["save_interval"] = found.spec.save_interval
@@ -129,8 +129,8 @@ class Session:
     def check_raw_files(self, needed: Iterable[str]) -> None:
         """Refuse a plan that would read raw files that are not there. `needed`: identities of stages to be made."""
         for recipe in self.recipes.values():
-            for identity in set(needed) & recipe.paths.keys():
-                if gone := [p for p in recipe.paths[identity] if not Path(p).exists()]:
+            for identity in set(needed) & recipe.launch.keys():
+                if gone := [p for p in recipe.launch[identity].get("paths", []) if not Path(p).exists()]:
                     raise NemoflowError(
                         f"{recipe.file}: {gone[0]} is missing, which its lock pins; restore it, "
                         f"or run `nemoflow lock {recipe.name}` to train on what is there now"
@@ -219,10 +219,12 @@ def _titles(recipe: Recipe) -> dict[str, str]:
     for name, trained in recipe.stages.items():
         kind = "" if name == trained.spec.kind else f"{trained.spec.kind} "
         titles[trained.stage.identity] = f"{kind}{name} of {recipe.name}"
-        titles.setdefault(trained.stage.payload["data"], f"data of {recipe.name}@{name}")
+        titles.setdefault(trained.data, f"data of {recipe.name}@{name}")
         for at in trained.wanted:
             export = recipe.view("hf_export", name, at)[""].stage.identity
             titles[export] = f"hf_export of {recipe.name}@{name}"
+    for name, identity in recipe.datasets.items():
+        titles.setdefault(identity, f"data of {recipe.name}@{name}")
     return titles
 
 

@@ -12,11 +12,19 @@ from types import ModuleType
 
 from nemoflow import kinds
 from nemoflow import recipe as grammar
+from nemoflow.data import plan
 from nemoflow.data.generate import arguments, check_arguments
 from nemoflow.engines import engine, refuse
 from nemoflow.errors import NemoflowError
 from nemoflow.locks import Locks
 from nemoflow.store import Stage, Store
+
+POOL_TOKENS = 64_000_000
+"""Tokens of a source from which validation and test are chosen: enough for both, few enough to sort in memory."""
+
+PREFIX_TOKENS = 250_000_000_000
+"""Tokens behind one prefix: Megatron numbers the documents of a prefix in 32 bits, and each prefix costs at every
+sample."""
 
 VIEWS = ("tokenizer", "data", "pretrain", "sft", "rl", "hf_export")
 """Kinds of name: KIND/RECIPE[@STAGE][:N]."""
@@ -38,6 +46,25 @@ class Target:
         return str(self.directory / "artifact.json")
 
 
+@dataclass(frozen=True)
+class Raw:
+    """A source of a recipe, resolved.
+
+    plan: the units each of its shards reads, in order. jobs: (first shard, shards) of each tokenizing job. tokens: an
+    estimate from the files' bytes; None for a generated source, which nobody has counted yet.
+    """
+
+    identity: str
+    spec: grammar.Generated | grammar.Files
+    plan: list
+    jobs: list[tuple[int, int]]
+    tokens: int | None
+
+    def field(self, usual: str) -> str:
+        """The key or column that holds what is wanted, called `usual` unless the recipe says otherwise."""
+        return usual if self.spec.field == "text" else self.spec.field
+
+
 @dataclass
 class Trained:
     """A stage of a recipe, resolved: its trajectory, where it starts and ends, and what stands outside its identity."""
@@ -49,6 +76,7 @@ class Trained:
     start: int
     until: int
     horizon: int
+    data: str
     wanted: set[int] = field(default_factory=set)
 
 
@@ -72,9 +100,11 @@ class Recipe:
         self.file, self.spec = grammar.load(name, directories)
         self.locks = Locks(name, directories, store)
         self._python = python or platform.python_version()
-        self._sources: dict[str, str] = {}
-        self.paths: dict[str, list[str]] = {}
-        """Identity -> paths of the raw files it is made from: where, not what."""
+        self.raw: dict[str, Raw] = {}
+        """The sources that are used, by name."""
+        self._merges: dict[str, str] = {}
+        self.launch: dict[str, dict] = {}
+        """Identity -> what its job is told besides: `paths` of raw files, the tokenizing `engine`, `max_epochs`."""
         self.tokenizer = self._tokenizer()
         self.stages: dict[str, Trained] = {}
         specs: dict[str, grammar.Stage] = {}
@@ -85,73 +115,163 @@ class Recipe:
         for spec in self.spec.stages:
             self._train(spec, specs, ())
         self.stages = {spec.name: self.stages[spec.name] for spec in self.spec.stages}
+        self.datasets: dict[str, str] = {}
+        """Identities of the data made for its own sake, by name."""
+        for key, data in self.spec.datasets.items():
+            if key in self.stages:
+                raise NemoflowError(
+                    f"{self.file}: datasets.{key}: a stage has this name; data/{name}@{key} is its data"
+                )
+            self.datasets[key] = self._data(data, f"datasets.{key}")
 
     # -- data ------------------------------------------------------------------------------------------------------
 
     def _add(self, kind: str, **settings) -> str:
         return self.store.add(kinds.payload(kind, **settings))
 
-    def _source(self, name: str, where: str) -> str:
-        if name not in self._sources:
+    def _source(self, name: str, where: str) -> Raw:
+        if name not in self.raw:
             spec = self.spec.sources.get(name)
             if spec is None:
                 raise NemoflowError(f"{self.file}: {where}: no source {name!r}{_near(name, self.spec.sources)}")
-            if isinstance(spec, grammar.Generated):
-                try:
-                    check_arguments(spec.generator, spec.args)
-                except NemoflowError as error:
-                    raise NemoflowError(f"{self.file}: sources.{name}.args: {error}") from None
-                defaults = arguments(spec.generator)
-                args = {k: v for k, v in spec.args.items() if v != defaults[k]}
-                settings = spec.model_dump() | {"args": args}
-                self._sources[name] = self._add("source", python=self._python, **settings)
-            else:
-                settings = spec.model_dump(exclude={"files"})
-                self._sources[name] = self._pinned("source", f"sources.{name}", spec.files, **settings)
-        return self._sources[name]
+            self.raw[name] = (
+                self._generated(name, spec) if isinstance(spec, grammar.Generated) else self._files(name, spec)
+            )
+        return self.raw[name]
 
-    def _pinned(self, kind: str, key: str, pattern: str, **settings) -> str:
-        identity = self._add(kind, files=self.locks.files(key, pattern, self.file), **settings)
-        self.paths[identity] = self.locks.paths[key]
-        return identity
+    def _generated(self, name: str, spec: grammar.Generated) -> Raw:
+        try:
+            check_arguments(spec.generator, spec.args)
+        except NemoflowError as error:
+            raise NemoflowError(f"{self.file}: sources.{name}.args: {error}") from None
+        defaults = arguments(spec.generator)
+        identity = self._add(
+            "source",
+            generator=spec.generator,
+            args={k: v for k, v in spec.args.items() if v != defaults[k]},
+            seed=spec.seed,
+            shards=spec.shards,
+            python=self._python,
+        )
+        return Raw(identity, spec, [[[i]] for i in range(spec.shards)], [(0, spec.shards)], None)
+
+    def _files(self, name: str, spec: grammar.Files) -> Raw:
+        locked = self.locks.source(f"sources.{name}", spec, self.file)
+        identity = self._add("source", **locked.payload)
+        if locked.paths:
+            self.launch[identity] = {"paths": locked.paths}
+        jobs = plan.jobs(locked.plan, locked.payload["files"])
+        return Raw(identity, spec, locked.plan, jobs, locked.estimated_tokens)
 
     def _tokenizer(self) -> str:
         spec = self.spec.tokenizer
         if isinstance(spec, grammar.LocalTokenizer):
-            return self._pinned("tokenizer", "tokenizer", spec.files)
-        sources = [self._source(s, f"tokenizer.train_on[{i}]") for i, s in enumerate(spec.train_on)]
-        return self._add("tokenizer", sources=sources, vocab_size=spec.vocab_size, chat_template=spec.chat_template)
+            payload, paths = self.locks.tokenizer(spec, self.file)
+            identity = self._add("tokenizer", **payload)
+            if paths:
+                self.launch[identity] = {"paths": paths}
+            return identity
+        raw = [self._source(s, f"tokenizer.train_on[{i}]") for i, s in enumerate(spec.train_on)]
+        fields = [r.spec.field for r in raw]
+        return self._add(
+            "tokenizer",
+            sources=[r.identity for r in raw],
+            fields=fields if set(fields) != {"text"} else None,
+            vocab_size=spec.vocab_size,
+            chat_template=spec.chat_template,
+        )
 
-    def _data(self, spec: grammar.Stage) -> str:
-        where = f"stages[{spec.name}].data"
-        match spec:
-            case grammar.Pretrain():
-                total = sum(map(Fraction, spec.data.blend.values()))
+    def _merge(self, name: str, where: str) -> str:
+        """The tokenized source, split and in few prefixes; what every stage that reads this source shares."""
+        if name in self._merges:
+            return self._merges[name]
+        raw, held = self._source(name, where), self.spec.held_out
+        if held.valid + held.test > POOL_TOKENS // 2:
+            raise NemoflowError(
+                f"{self.file}: held_out: valid and test want {held.valid + held.test:,} tokens of each source; at most "
+                f"{POOL_TOKENS // 2:,} can be kept"
+            )
+        pool = Fraction(1, 2 ** max(0, ((raw.tokens or 0) // POOL_TOKENS).bit_length() - 1))
+        parts = [
+            self._add(
+                "shards",
+                source=raw.identity,
+                tokenizer=self.tokenizer,
+                text_field=raw.field("text"),
+                control_strings=raw.spec.control_strings,
+                max_broken=raw.spec.max_broken,
+                pool=str(pool),
+                first=first,
+                shards=raw.plan[first : first + count],
+            )
+            for first, count in raw.jobs
+        ]
+        for part in parts:
+            self.launch[part] = {"engine": self.spec.tokenizer.engine}
+        self._merges[name] = self._add(
+            "merge",
+            parts=parts,
+            source=raw.identity,
+            valid=held.valid,
+            test=held.test,
+            cap=held.cap,
+            prefixes=-(-(raw.tokens or 1) // PREFIX_TOKENS),
+        )
+        return self._merges[name]
+
+    def _data(self, data, where: str) -> str:
+        match data:
+            case grammar.PretrainData():
+                total = sum(map(Fraction, data.blend.values()))
                 if total != 1:
                     raise NemoflowError(f"{self.file}: {where}.blend: the shares add up to {total}, not to 1")
-                parts = []
-                for name, share in spec.data.blend.items():
-                    shards = self._add(
-                        "shards",
-                        source=self._source(name, f"{where}.blend"),
-                        tokenizer=self.tokenizer,
-                        valid=spec.data.valid,
-                        test=spec.data.test,
-                    )
-                    parts.append({"shards": shards, "share": share})
-                # Sorted: the order of the keys in a recipe's mapping means nothing.
-                return self._add("blend", parts=sorted(parts, key=lambda part: part["shards"]))
-            case grammar.Sft():
                 parts = [
-                    {"source": self._source(name, f"{where}.chats"), **({"repeat": repeat} if repeat != 1 else {})}
-                    for name, repeat in spec.data.chats.items()
+                    {"merge": self._merge(name, f"{where}.blend"), "share": share} for name, share in data.blend.items()
                 ]
-                settings = spec.data.model_dump(exclude={"chats"})
+                # Sorted: the order of the keys in a recipe's mapping means nothing.
+                return self._add("blend", parts=sorted(parts, key=lambda part: part["merge"]))
+            case grammar.SftData():
+                parts = []
+                for name, repeat in data.chats.items():
+                    raw = self._source(name, f"{where}.chats")
+                    part = {"source": raw.identity, "repeat": repeat, "field": raw.field("messages")}
+                    parts.append(
+                        {k: v for k, v in part.items() if (k, v) not in (("repeat", "1"), ("field", "messages"))}
+                    )
                 parts.sort(key=lambda part: part["source"])
-                return self._add("chats", parts=parts, tokenizer=self.tokenizer, **settings)
-            case grammar.Rl():
-                sources = [self._source(name, f"{where}.prompts") for name in spec.data.prompts]
-                return self._add("prompts", sources=sources, valid=spec.data.valid)
+                settings = data.model_dump(exclude={"chats", "template"})
+                identity = self._add(
+                    "chats",
+                    parts=parts,
+                    tokenizer=self.tokenizer,
+                    template=self._template(data.template, where),
+                    **settings,
+                )
+                self.launch[identity] = {"engine": self.spec.tokenizer.engine}
+                return identity
+            case grammar.RlData():
+                parts = [{"source": self._source(name, f"{where}.prompts").identity} for name in data.prompts]
+                placeholders = {
+                    key: {
+                        "source": self._source(p.source, f"{where}.placeholders.{key}").identity,
+                        "template": p.template,
+                    }
+                    for key, p in data.placeholders.items()
+                }
+                settings = data.model_dump(include={"valid", "allow_unresolved", "max_broken"})
+                return self._add("prompts", parts=parts, placeholders=placeholders, **settings)
+            case grammar.PreferenceData():
+                parts = [{"source": self._source(name, f"{where}.preferences").identity} for name in data.preferences]
+                return self._add("preferences", parts=parts, **data.model_dump(exclude={"preferences"}))
+
+    def _template(self, name: str | None, where: str) -> str | None:
+        if name is None:
+            return None
+        path = self.file.parent / name
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise NemoflowError(f"{self.file}: {where}.template: {path}: cannot be read ({error})") from None
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -184,6 +304,9 @@ class Recipe:
                 raise NemoflowError(f"{where}.{key}: {n} lies past the schedule's horizon {horizon}")
             if n <= start:
                 raise NemoflowError(f"{where}.{key}: {n}: the stage starts at {start}, as init carries the counters")
+        data = reads = self._data(spec.data, f"stages[{spec.name}].data")
+        if isinstance(spec, grammar.Pretrain):
+            data = self._index(spec, driver, overrides, reads, horizon - start, where)
         identity = self._add(
             spec.kind,
             engine=spec.engine,
@@ -191,15 +314,32 @@ class Recipe:
             algorithm=getattr(spec, "algorithm", None),
             overrides={k: v for k, v in overrides.items() if not driver.outside(k)},
             tokenizer=self.tokenizer,
-            data=self._data(spec),
+            data=data,
             horizon=horizon,
             init=init,
             version=spec.version,
         )
-        trained = Trained(spec, driver, overrides, self.store.load(identity), start, until, horizon)
+        trained = Trained(spec, driver, overrides, self.store.load(identity), start, until, horizon, data)
         trained.wanted = {until, *spec.milestones}
         self.stages[spec.name] = trained
         return trained
+
+    def _index(self, spec, driver: ModuleType, overrides: dict, blend: str, iterations: int, where: str) -> str:
+        """The order in which a stage of so many iterations reads its blend."""
+        batch = overrides.get("train.global_batch_size")
+        if batch is None:
+            raise NemoflowError(f"{where}.overrides: train.global_batch_size is missing: it defines the data's order")
+        identity = self._add(
+            "index",
+            engine=spec.engine,
+            function=spec.function,
+            overrides=driver.index_overrides(overrides),
+            data=blend,
+            tokenizer=self.tokenizer,
+            samples=iterations * batch,
+        )
+        self.launch[identity] = {"max_epochs": spec.data.max_epochs}
+        return identity
 
     def _init(self, spec, parent: Trained | None, driver: ModuleType, overrides: dict, where: str):
         """(first iteration, the payload's `init`) of a stage."""
@@ -268,12 +408,17 @@ class Recipe:
             if stage or at:
                 raise NemoflowError(f"{name}: a recipe has one tokenizer: tokenizer/{self.name}")
             return {"": Target(self.store.load(self.tokenizer))}
+        if kind == "data" and stage in self.datasets:
+            if at:
+                raise NemoflowError(f"{name}: data has no states; write data/{self.name}@{stage}")
+            return {"": Target(self.store.load(self.datasets[stage]))}
         if stage and stage not in self.stages:
             raise NemoflowError(f"{name}: {self.file} has no stage {stage!r}{_near(stage, self.stages)}")
         if kind == "data":
             if at:
                 raise NemoflowError(f"{name}: data has no states; write data/{self.name}@STAGE")
-            shown = {n: Target(self.store.load(t.stage.payload["data"])) for n, t in self.stages.items()}
+            data = {n: t.data for n, t in self.stages.items()} | self.datasets
+            shown = {n: Target(self.store.load(identity)) for n, identity in data.items()}
             return {"": shown[stage]} if stage else shown
         if stage:
             trained = self.stages[stage]
@@ -301,7 +446,7 @@ class Recipe:
     def names(self) -> list[str]:
         """The names this recipe offers, in the order of the chain."""
         found = [f"tokenizer/{self.name}", f"data/{self.name}"]
-        found += [f"data/{self.name}@{stage}" for stage in self.stages]
+        found += [f"data/{self.name}@{stage}" for stage in (*self.stages, *self.datasets)]
         for kind in kinds.TRAINED:
             stages = [name for name, t in self.stages.items() if t.spec.kind == kind]
             found += [f"{kind}/{self.name}"] if stages else []

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from blake3 import blake3
+
 from nemoflow import kinds
 from nemoflow.canonical import canonical, identity
 from nemoflow.errors import NemoflowError
@@ -55,10 +57,10 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Digest of a file's bytes, in hex; `algorithm` is "sha256" or "blake3"."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, blake3 if algorithm == "blake3" else algorithm).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ class Stage:
         return self.directory / f"at-{at}" if self.trained else self.directory
 
     def reads(self) -> list[tuple["Stage", int | None]]:
-        """The artifacts whose files a job of this stage reads: its inputs, and what a blend among them points into."""
+        """The artifacts whose files a job of this stage reads: its inputs, and what an index or blend points into."""
         found = []
         for ref in kinds.inputs(self.payload):
             stage = self.store.load(ref.identity)
             found.append((stage, ref.at))
-            if stage.kind == "blend":
-                found += stage.reads()
+            if stage.kind in ("index", "blend"):
+                found += [(s, at) for s, at in stage.reads() if s.kind in ("blend", "merge")]
         return found
 
     def sealed(self, at: int | None = None) -> dict | None:
@@ -171,7 +173,7 @@ class Store:
 def record(stage: Stage, at: int | None, measures: dict, contents: list[dict]) -> dict:
     """What sealed.json and artifact.json say of a finished artifact: deterministic, nothing of hosts, dates or names.
 
-    `contents` lists what the artifact consists of: name, size in bytes and, where hashed, sha256.
+    `contents` lists what the artifact consists of: name, size in bytes and, where hashed, sha256 or blake3.
     """
     consumed = []
     for ref in kinds.inputs(stage.payload):

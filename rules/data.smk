@@ -1,6 +1,10 @@
 # Raw text to what training reads.
 
 
+# Downloads need the network, which compute nodes often lack, and generated texts this very interpreter: a local rule,
+# unless the configuration says otherwise.
+
+
 rule source:
     input:
         upstream,
@@ -8,12 +12,13 @@ rule source:
         "<store>/source/{label}-{id}/artifact.json",
     log:
         "<logs>/source/{label}-{id}.log",
+    localrule: config["download"]["local"]
     resources:
         title=title,
     message:
         "{resources.title}"
     shell:
-        job("source")
+        job("source", f"--threads {config['download']['connections']}")
 
 
 rule tokenizer:
@@ -23,6 +28,7 @@ rule tokenizer:
         "<store>/tokenizer/{label}-{id}/artifact.json",
     log:
         "<logs>/tokenizer/{label}-{id}.log",
+    localrule: config["download"]["local"]
     resources:
         title=title,
     message:
@@ -38,12 +44,29 @@ rule shards:
         "<store>/shards/{label}-{id}/artifact.json",
     log:
         "<logs>/shards/{label}-{id}.log",
+    threads: 8
     resources:
         title=title,
     message:
         "{resources.title}"
     shell:
-        job("shards")
+        job("shards", "--threads {threads}")
+
+
+rule merge:
+    input:
+        upstream,
+    output:
+        "<store>/merge/{label}-{id}/artifact.json",
+    log:
+        "<logs>/merge/{label}-{id}.log",
+    threads: 4
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("merge", "--threads {threads}")
 
 
 rule blend:
@@ -61,6 +84,21 @@ rule blend:
         job("blend")
 
 
+rule index:
+    input:
+        upstream,
+    output:
+        "<store>/index/{label}-{id}/artifact.json",
+    log:
+        "<logs>/index/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("index")
+
+
 rule chats:
     input:
         upstream,
@@ -68,12 +106,13 @@ rule chats:
         "<store>/chats/{label}-{id}/artifact.json",
     log:
         "<logs>/chats/{label}-{id}.log",
+    threads: 8
     resources:
         title=title,
     message:
         "{resources.title}"
     shell:
-        job("chats")
+        job("chats", "--threads {threads}")
 
 
 rule prompts:
@@ -89,3 +128,18 @@ rule prompts:
         "{resources.title}"
     shell:
         job("prompts")
+
+
+rule preferences:
+    input:
+        upstream,
+    output:
+        "<store>/preferences/{label}-{id}/artifact.json",
+    log:
+        "<logs>/preferences/{label}-{id}.log",
+    resources:
+        title=title,
+    message:
+        "{resources.title}"
+    shell:
+        job("preferences")

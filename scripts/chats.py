@@ -1,6 +1,6 @@
 """Make a chats artifact.
 
-python scripts/chats.py --stage artifacts/.stages/IDENTITY.json
+python scripts/chats.py --stage artifacts/.stages/IDENTITY.json [--threads N]
 """
 
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemoflow.data.chats import make
+from nemoflow.data import chats
 from nemoflow.job import build, run
 
 if __name__ == "__main__":
-    run(build(make), __doc__)
+    run(build(chats), __doc__)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemoflow.export import make
+from nemoflow import export
 from nemoflow.job import build, run
 
 if __name__ == "__main__":
-    run(build(make), __doc__)
+    run(build(export), __doc__)

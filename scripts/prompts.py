@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemoflow.data.prompts import make
+from nemoflow.data import prompts
 from nemoflow.job import build, run
 
 if __name__ == "__main__":
-    run(build(make), __doc__)
+    run(build(prompts), __doc__)

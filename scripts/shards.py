@@ -1,6 +1,6 @@
 """Make a shards artifact.
 
-python scripts/shards.py --stage artifacts/.stages/IDENTITY.json
+python scripts/shards.py --stage artifacts/.stages/IDENTITY.json [--threads N]
 """
 
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemoflow.data.shards import make
+from nemoflow.data import shards
 from nemoflow.job import build, run
 
 if __name__ == "__main__":
-    run(build(make), __doc__)
+    run(build(shards), __doc__)

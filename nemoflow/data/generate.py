@@ -138,17 +138,13 @@ def check_arguments(name: str, args: dict) -> None:
             raise NemoflowError(f"generator {name}: args.{key}: {value!r} is not a positive integer")
 
 
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
-    """Write the source of `payload`: {"generator", "args", "seed", "shards", "python"} or the local files it lists.
+def make(payload: dict, out: Path, progress: Callable[[str], None]) -> dict:
+    """Write the source of `payload`: {"generator", "args", "seed", "shards", "python"}.
 
-    Returns {"documents", "bytes"}: rows, and bytes of the shard files.
+    Returns {"documents", "bytes"}: rows, and bytes of the files.
 
     Raises NemoflowError when this interpreter is not the one named in the payload.
     """
-    if "files" in payload:
-        from nemoflow.data import local
-
-        return local.make(payload, inputs, out, progress)
     name = payload["generator"]
     check_arguments(name, payload["args"])
     if payload["python"] != platform.python_version():

@@ -1,4 +1,4 @@
-"""Source artifacts as the programs that consume them see them: numbered files of one format, read in pieces.
+"""Kind `source`: numbered files of one format, and how the programs that consume them see them.
 
     files/00000.parquet, files/00001.parquet, ...    as downloaded, as generated, or links to local files
 
@@ -7,10 +7,15 @@ excluded. Readers name a row by its origin: the path or address it came from, no
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemoflow.data.made import Made
 from nemoflow.errors import NemoflowError
+
+RESUMES = True  # a download does; the others begin anew
 
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
 """Formats of raw files."""
@@ -68,3 +73,16 @@ def open_source(directory: Path) -> Source:
     if "generator" in payload:
         return Source(directory, payload, payload["shards"], "jsonl")
     return Source(directory, payload, len(payload["files"]), payload["format"])
+
+
+def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], threads: int) -> dict | Made:
+    """Download, link or generate the source's files: see the modules download, local and generate."""
+    from nemoflow.data import download, generate, local  # each of these brings what only it needs
+
+    if "hub" in payload:
+        return download.make(payload, inputs, out, progress, threads=threads)
+    shutil.rmtree(out)
+    out.mkdir()
+    if "files" in payload:
+        return local.make(payload, inputs, out, progress, threads=threads)
+    return generate.make(payload, out, progress)

@@ -13,13 +13,15 @@ def made(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def write_source(tmp_path):
-    """A function that writes rows (objects, or bytes as they are) as a source of one shard and returns its path."""
+    """A function that writes rows (objects, or bytes as they are) as a source of one file and returns its path."""
 
     def write(rows, name: str = "source") -> Path:
         source = tmp_path / name
-        source.mkdir()
+        (source / "files").mkdir(parents=True)
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        (source / "shard-00000.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        (source / "files/00000.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        payload = {"kind": "source", "generator": "test", "shards": 1}
+        (source / "sealed.json").write_text(json.dumps({"payload": payload, "measures": {"documents": len(lines)}}))
         return source
 
     return write

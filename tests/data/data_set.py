@@ -1,34 +1,35 @@
 """Builds a small data set of every kind, as the stages of a recipe would: `python data_set.py DIRECTORY`."""
 
+import inspect
 import json
 import platform
 import sys
 from pathlib import Path
 
-from nemoflow.data import blend, chats, generate, prompts, shards, tokenizer
+from nemoflow import kinds
+from nemoflow.data import blend, chats, merge, prompts, shards, sources, tokenizer
+from nemoflow.data.made import Made
 
-PAYLOADS = {
-    "source": {"seed": 0, "shards": 2, "python": platform.python_version(), "args": {}},
-    "tokenizer": {"vocab_size": 1024, "chat_template": "chatml"},
-    "shards": {"valid": "1/50", "test": "1/50", "text_field": "text", "append_eod": True, "max_broken": "1/1000"},
-    "chats": {"pack_size": 256, "valid": "1/20", "seed": 0, "too_long": "drop", "max_broken": "1/1000"},
-    "prompts": {"valid": "1/10", "max_broken": "0"},
-}
+SOURCE = {"seed": 0, "shards": 2, "python": platform.python_version(), "args": {}}
 
 
 def stage(root: Path, kind: str, label: str, make, inputs: dict, **settings) -> Path:
-    """Make one artifact under root/kind/label, with its measures in sealed.json, and return its directory."""
+    """Make one artifact under root/kind/label, with its payload and measures in sealed.json; its directory."""
     out = root / kind / label
     out.mkdir(parents=True)
-    measures = make(PAYLOADS.get(kind, {}) | settings, inputs, out, print)
-    (out / "sealed.json").write_text(json.dumps({"measures": measures}))
+    payload = kinds.complete({"kind": kind} | settings)
+    offered = {"threads": 2, "launch": {}}
+    more = {k: offered[k] for k in offered.keys() & inspect.signature(make).parameters.keys()}
+    made = make(payload, inputs, out, print, **more)
+    measures = made.measures if isinstance(made, Made) else made
+    (out / "sealed.json").write_text(json.dumps({"payload": payload, "measures": measures}))
     return out
 
 
 def build(root: Path) -> dict[str, Path]:
     """Every kind of artifact, by a short name."""
     made = {
-        name: stage(root, "source", name, generate.make, {}, generator=name, args=args)
+        name: stage(root, "source", name, sources.make, {}, generator=name, **SOURCE | {"args": args})
         for name, args in {
             "stdlib_topics": {},
             "stdlib_docstrings": {},
@@ -38,25 +39,35 @@ def build(root: Path) -> dict[str, Path]:
         }.items()
     }
     texts = [made["stdlib_topics"], made["stdlib_docstrings"]]
-    made["tokenizer"] = stage(root, "tokenizer", "bpe", tokenizer.make, {"sources": texts})
+    made["tokenizer"] = stage(root, "tokenizer", "bpe", tokenizer.make, {"sources": texts}, vocab_size=1024)
     parts = []
     for source in texts:
-        made[f"shards/{source.name}"] = stage(
-            root, "shards", source.name, shards.make, {"source": source, "tokenizer": made["tokenizer"]}
-        )
-        parts.append(made[f"shards/{source.name}"])
-    made["blend"] = stage(
-        root, "blend", "b", blend.make, {"parts": parts}, parts=[{"share": "3/10"}, {"share": "7/10"}]
-    )
+        inputs = {"source": source, "tokenizer": made["tokenizer"]}
+        cut = stage(root, "shards", source.name, shards.make, inputs, shards=[[[0]], [[1]]])
+        made[f"shards/{source.name}"] = cut
+        merged = stage(root, "merge", source.name, merge.make, {"parts": [cut], "source": source}, parts=["x"])
+        made[f"merge/{source.name}"] = merged
+        parts.append(merged)
+    shares = [{"merge": "x", "share": "3/10"}, {"merge": "y", "share": "7/10"}]
+    made["blend"] = stage(root, "blend", "b", blend.make, {"parts": parts}, parts=shares)
     made["chats"] = stage(
         root,
         "chats",
         "c",
         chats.make,
         {"sources": [made["stdlib_chats"], made["arithmetic_chats"]], "tokenizer": made["tokenizer"]},
-        parts=[{}, {"repeat": 2}],
+        parts=[{"source": "x"}, {"source": "y", "repeat": "2"}],
+        pack_size=256,
     )
-    made["prompts"] = stage(root, "prompts", "p", prompts.make, {"sources": [made["arithmetic_rl"]]})
+    made["prompts"] = stage(
+        root,
+        "prompts",
+        "p",
+        prompts.make,
+        {"sources": [made["arithmetic_rl"]], "placeholder_sources": []},
+        parts=[{"source": "x"}],
+        valid="1/10",
+    )
     return made
 
 

@@ -1,0 +1,15 @@
+"""Make a preferences artifact.
+
+python scripts/preferences.py --stage artifacts/.stages/IDENTITY.json
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemoflow.data import preferences
+from nemoflow.job import build, run
+
+if __name__ == "__main__":
+    run(build(preferences), __doc__)
