@@ -46,7 +46,7 @@ def schema() -> str:
 
 def lock(args: argparse.Namespace) -> None:
     for name in args.recipe:
-        file = locks.write(name, RECIPES, Store(args.store), lambda text: print(text, file=sys.stderr))
+        file = locks.write(name, RECIPES, Store(args.store), lambda text: print(text, file=sys.stderr), args.only)
         print(f"{name}: wrote {file}; commit it" if file else f"{name}: nothing to lock: every source is generated")
 
 
@@ -90,12 +90,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--store", type=Path, default=Path("artifacts"), help="where artifacts live (artifacts)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, arguments, text in (
-        (lock, "+", "pin the local files a recipe reads: sizes and digests into RECIPE.lock.json beside it"),
+        (
+            lock,
+            "+",
+            "pin what a recipe reads, on the hub and here: commits, files, sizes, digests and shards, into "
+            "RECIPE.lock.json beside it",
+        ),
         (check, "*", "read recipes and say what is wrong, or what they come to; all of them by default"),
     ):
         command = commands.add_parser(function.__name__, help=text, description=text)
         command.add_argument("recipe", nargs=arguments)
         command.set_defaults(run=function)
+        if function is lock:
+            command.add_argument("--only", nargs="+", metavar="SOURCE", help="pin these anew and keep the others")
     for function, text in (
         (show, "what stands behind names such as sft/nano3-tiny: measures, seconds, paths"),
         (graph, "the lineage of names as a mermaid flowchart"),

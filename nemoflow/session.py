@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 from nemoflow import kinds, summary
@@ -158,6 +159,28 @@ class Session:
             )
         return f"resume, {reached} of {at} done"
 
+    def epochs(self, identity: str, at: int | None) -> str:
+        """How often a pretraining to `at` reads each source, in one line; empty for other jobs.
+
+        Raises NemoflowError where that is known to be more than the recipe's max_epochs.
+        """
+        for recipe in self.recipes.values():
+            for name, trained in recipe.stages.items():
+                if trained.stage.identity != identity or not (found := recipe.epochs(name, at)):
+                    continue
+                limit = Fraction(trained.spec.data.max_epochs)
+                for source, (epochs, exact) in found.items():
+                    if exact and epochs > limit:
+                        raise NemoflowError(
+                            f"{recipe.file}: stages[{name}].data: {source} would be read {float(epochs):.2f} times, "
+                            f"max_epochs allows {limit}; lower its share, raise max_epochs, or train on fewer tokens"
+                        )
+                listed = sorted(found.items(), key=lambda item: -item[1][0])
+                return "epochs: " + ", ".join(
+                    f"{source} {'' if exact else 'about '}{float(epochs):.2g}" for source, (epochs, exact) in listed
+                )
+        return ""
+
     # -- after jobs --------------------------------------------------------------------------------------------------
 
     def broken(self) -> list[str]:
@@ -219,12 +242,24 @@ def _titles(recipe: Recipe) -> dict[str, str]:
     for name, trained in recipe.stages.items():
         kind = "" if name == trained.spec.kind else f"{trained.spec.kind} "
         titles[trained.stage.identity] = f"{kind}{name} of {recipe.name}"
+        data = recipe.store.load(trained.data)
+        if data.kind == "index":
+            titles.setdefault(data.payload["data"], f"blend of {recipe.name}@{name}")
         titles.setdefault(trained.data, f"data of {recipe.name}@{name}")
         for at in trained.wanted:
             export = recipe.view("hf_export", name, at)[""].stage.identity
             titles[export] = f"hf_export of {recipe.name}@{name}"
     for name, identity in recipe.datasets.items():
         titles.setdefault(identity, f"data of {recipe.name}@{name}")
+    for name, raw in recipe.raw.items():
+        titles.setdefault(raw.identity, f"source {name}")
+    for name, identity in recipe.merges.items():
+        titles.setdefault(identity, f"merge of {name}")
+        parts = [recipe.store.load(part) for part in recipe.store.load(identity).payload["parts"]]
+        for number, part in enumerate(parts, 1):
+            titles.setdefault(
+                part.identity, f"shards of {name}" + (f", job {number} of {len(parts)}" if len(parts) > 1 else "")
+            )
     return titles
 
 

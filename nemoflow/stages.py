@@ -102,7 +102,8 @@ class Recipe:
         self._python = python or platform.python_version()
         self.raw: dict[str, Raw] = {}
         """The sources that are used, by name."""
-        self._merges: dict[str, str] = {}
+        self.merges: dict[str, str] = {}
+        """Identities of the tokenized sources, by name."""
         self.launch: dict[str, dict] = {}
         """Identity -> what its job is told besides: `paths` of raw files, the tokenizing `engine`, `max_epochs`."""
         self.tokenizer = self._tokenizer()
@@ -183,8 +184,8 @@ class Recipe:
 
     def _merge(self, name: str, where: str) -> str:
         """The tokenized source, split and in few prefixes; what every stage that reads this source shares."""
-        if name in self._merges:
-            return self._merges[name]
+        if name in self.merges:
+            return self.merges[name]
         raw, held = self._source(name, where), self.spec.held_out
         if held.valid + held.test > POOL_TOKENS // 2:
             raise NemoflowError(
@@ -208,7 +209,7 @@ class Recipe:
         ]
         for part in parts:
             self.launch[part] = {"engine": self.spec.tokenizer.engine}
-        self._merges[name] = self._add(
+        self.merges[name] = self._add(
             "merge",
             parts=parts,
             source=raw.identity,
@@ -217,7 +218,7 @@ class Recipe:
             cap=held.cap,
             prefixes=-(-(raw.tokens or 1) // PREFIX_TOKENS),
         )
-        return self._merges[name]
+        return self.merges[name]
 
     def _data(self, data, where: str) -> str:
         match data:
@@ -272,6 +273,26 @@ class Recipe:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise NemoflowError(f"{self.file}: {where}.template: {path}: cannot be read ({error})") from None
+
+    def epochs(self, stage: str, until: int) -> dict[str, tuple[Fraction, bool]]:
+        """How often a pretraining stage that ends at `until` reads each source of its blend, and whether that is exact.
+
+        Exact once the source is tokenized, before that from its files' bytes; what nobody has counted is left out.
+        """
+        trained, found = self.stages[stage], {}
+        if not isinstance(trained.spec, grammar.Pretrain):
+            return {}
+        per_iteration = trained.engine.tokens_per_iteration(trained.overrides)
+        for name, share in trained.spec.data.blend.items():
+            sealed = self.store.load(self.merges[name]).sealed()
+            if sealed:
+                tokens = sum(prefix["tokens"] for prefix in sealed["measures"]["prefixes"]["train"])
+            else:
+                tokens = self.raw[name].tokens
+            if tokens and per_iteration:
+                read = (until - trained.start) * per_iteration * Fraction(share)
+                found[name] = read / tokens, sealed is not None
+        return found
 
     # -- training --------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import logging
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 from snakemake.logging import logger
@@ -121,9 +122,12 @@ class Plan(logging.Handler):
         jobs.sort(key=lambda job: order.get((job.wildcards.id, number(job.wildcards)), len(order)))
         if jobs:
             clearly(session.check_raw_files, [job.wildcards.id for job in jobs])
-            lines = [
-                f"  {title(j.wildcards)}: {clearly(session.plan, j.wildcards.id, number(j.wildcards))}" for j in jobs
-            ]
+            lines = []
+            for needed in jobs:
+                key = needed.wildcards.id, number(needed.wildcards)
+                lines.append(f"  {title(needed.wildcards)}: {clearly(session.plan, *key)}")
+                epochs = clearly(session.epochs, *key)
+                lines += textwrap.wrap(epochs, 110, initial_indent="      ", subsequent_indent=" " * 14)
             logger.info("\n".join(["Plan:", *lines, ""]))
         if (
             not workflow.dryrun
