@@ -14,7 +14,10 @@ from nemoflow.store import Store
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECIPES = [Path("config/recipes"), CHECKOUT / "config/recipes"]
-SCHEMA = CHECKOUT / "config/recipe.schema.json"
+SCHEMAS = {
+    CHECKOUT / "config/recipe.schema.json": grammar.Recipe,
+    CHECKOUT / "config/blend.schema.json": grammar.Blend,
+}
 
 
 def known_recipes(directories: list[Path]) -> list[str]:
@@ -35,13 +38,18 @@ def print_targets(directories: list[Path]) -> None:
         print("".join(f"  {target}\n" for target in recipe.names()))
 
 
-def schema() -> str:
-    """The JSON Schema of a recipe, from its types, for editors."""
-    generated = grammar.Recipe.model_json_schema(by_alias=True)
+def schema(model: type[grammar.Model] = grammar.Recipe) -> str:
+    """The JSON Schema of a recipe, or of a blend file, from its types, for editors."""
+    generated = model.model_json_schema(by_alias=True)
     # A recipe that extends another is checked whole, after merging: an editor sees only its part.
     for definition in [generated, *generated["$defs"].values()]:
         definition.pop("required", None)
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **generated}, indent=2) + "\n"
+
+
+def write_schemas(_: argparse.Namespace) -> None:
+    for file, model in SCHEMAS.items():
+        file.write_text(schema(model), encoding="utf-8")
 
 
 def lock(args: argparse.Namespace) -> None:
@@ -110,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(function.__name__, help=text, description=text)
         command.add_argument("name", nargs="+")
         command.set_defaults(run=function)
-    command = commands.add_parser("schema", help="write config/recipe.schema.json from the types")
-    command.set_defaults(run=lambda _: SCHEMA.write_text(schema(), encoding="utf-8"))
+    command = commands.add_parser("schema", help="write config/*.schema.json from the types")
+    command.set_defaults(run=write_schemas)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -22,7 +22,8 @@ BASE = Path(__file__).resolve().parents[1]
 CHECKOUT = ("Snakefile", "rules", "scripts", "nemoflow", "config", "profiles")
 """What Snakemake and the jobs read of a checkout."""
 
-STAGES = {"source", "tokenizer", "shards", "blend", "chats", "prompts", "pretrain", "sft", "rl", "hf_export"}
+DATA = ("source", "tokenizer", "shards", "merge", "blend", "index", "chats", "prompts")
+STAGES = {*DATA, "pretrain", "sft", "rl", "hf_export"}
 
 DEMO = """\
 description: a chain of sleeps
@@ -32,14 +33,15 @@ sources:
   lines: {files: raw/lines/*, format: jsonl, field: line}
   sums: {generator: arithmetic_chats, shards: 2, args: {count: 60}}
   problems: {generator: arithmetic_rl, shards: 2, args: {count: 20}}
+held_out: {valid: 300, test: 300, cap: 1/5}
 overrides:
-  sleep_engine: {optimizer.lr: 0.001}
+  sleep_engine: {optimizer.lr: 0.001, train.global_batch_size: 2}
 stages:
   - name: phase1
     kind: pretrain
     engine: sleep_engine
     function: toys.toy_pretrain_config
-    data: {blend: {words: 1}, valid: 1/5, test: 1/5}
+    data: {blend: {words: 1}}
     until: 20
     milestones: [10]
     horizon: 60
@@ -49,7 +51,7 @@ stages:
     engine: sleep_engine
     function: toys.toy_pretrain_config
     init: {from: phase1, carry: all}
-    data: {blend: {words: 1/2, lines: 1/2}, valid: 1/5, test: 1/5}
+    data: {blend: {words: 1/2, lines: 1/2}}
     until: 40
     horizon: 60
     save_interval: 5

@@ -11,11 +11,12 @@ from nemoflow.data import tokenizer as tokenizers
 def small_tokenizer(out: Path) -> Path:
     """A tokenizer of 512 tokens with a chat template in `out`, made as recipes make theirs."""
     source = out.with_name(f"{out.name}-source")
-    source.mkdir()
+    (source / "files").mkdir(parents=True)
     out.mkdir(exist_ok=True)
     words = (Path(__file__).parent / "test_export.py").read_text(encoding="utf-8").split()
     texts = [" ".join(words[i : i + 40]) for i in range(0, len(words), 40)]
-    (source / "shard-00000.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (source / "files/00000.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (source / "sealed.json").write_text(json.dumps({"payload": {"generator": "test", "shards": 1}}))
     tokenizers.make({"vocab_size": 512, "chat_template": "chatml"}, {"sources": [source]}, out, print)
     return out
 

@@ -30,6 +30,10 @@ def schedule_horizon(overrides):
     return overrides.get("sleep.horizon")
 
 
+def index_overrides(overrides):
+    return {k: v for k, v in overrides.items() if k == "train.global_batch_size"}
+
+
 def states(checkpoints: Path):
     return {int(p.name): p for p in checkpoints.glob("[0-9]*") if (p / "weights").exists()}
 

@@ -5,12 +5,22 @@ import pytest
 from nemoflow import kinds
 
 DEFAULTS = {
-    "source": {"seed": 0, "field": "text", "args": {}},
+    "source": {"seed": 0, "args": {}},
     "tokenizer": {"chat_template": "chatml"},
-    "shards": {"valid": "1/50", "test": "1/50", "text_field": "text", "append_eod": True, "max_broken": "1/1000"},
+    "shards": {
+        "text_field": "text",
+        "append_eod": True,
+        "control_strings": "plain",
+        "max_broken": "1/1000",
+        "pool": "1",
+        "first": 0,
+    },
+    "merge": {"valid": 8_000_000, "test": 8_000_000, "cap": "1/50", "prefixes": 1},
     "blend": {},
-    "chats": {"valid": "1/20", "seed": 0, "too_long": "drop", "max_broken": "1/1000"},
-    "prompts": {"valid": "1/20", "max_broken": "0"},
+    "index": {"overrides": {}},
+    "chats": {"valid": "1/20", "seed": 0, "too_long": "drop", "pad_multiple": 1, "max_broken": "1/1000"},
+    "prompts": {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0"},
+    "preferences": {"valid": "1/20", "fields": {}, "max_broken": "1/1000"},
     "pretrain": {"version": 1, "overrides": {}},
     "sft": {"version": 1, "overrides": {}},
     "rl": {"version": 1, "overrides": {}},
@@ -28,9 +38,9 @@ def test_defaults_never_change():
 
 
 def test_a_payload_leaves_out_defaults_and_what_is_not_set():
-    payload = kinds.payload("shards", source="a", tokenizer="b", valid="1/50", test="1/10", text_field=None)
-    assert payload == {"kind": "shards", "source": "a", "tokenizer": "b", "test": "1/10"}
-    assert kinds.complete(payload) == payload | DEFAULTS["shards"] | {"test": "1/10"}
+    payload = kinds.payload("shards", source="a", tokenizer="b", shards=[[[0]]], pool="1", first=3, text_field=None)
+    assert payload == {"kind": "shards", "source": "a", "tokenizer": "b", "shards": [[[0]]], "first": 3}
+    assert kinds.complete(payload) == payload | DEFAULTS["shards"] | {"first": 3}
 
 
 def test_a_raised_algorithm_makes_another_payload(monkeypatch):
@@ -62,7 +72,11 @@ def test_inputs_are_in_order_with_their_states():
     assert kinds.inputs(trained) == [kinds.Ref("init", "p", 7), kinds.Ref("data", "d"), kinds.Ref("tokenizer", "t")]
     from_export = trained | {"kind": "rl", "init": {"export": "e", "carry": "weights"}}
     assert kinds.inputs(from_export)[0] == kinds.Ref("model", "e")
-    parts = [{"shards": "b", "share": "1/2"}, {"shards": "a", "share": "1/2"}]
+    parts = [{"merge": "b", "share": "1/2"}, {"merge": "a", "share": "1/2"}]
     assert kinds.inputs({"kind": "blend", "parts": parts}) == [kinds.Ref("parts", "b"), kinds.Ref("parts", "a")]
+    placeholders = {"z": {"source": "c"}, "b": {"source": "d"}}
+    assert kinds.inputs({"kind": "prompts", "parts": [{"source": "s"}], "placeholders": placeholders}) == [
+        kinds.Ref("sources", "s"), kinds.Ref("placeholder_sources", "d"), kinds.Ref("placeholder_sources", "c")
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="no such kind"):
         kinds.inputs({"kind": "other"})

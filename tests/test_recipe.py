@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemoflow import recipe as grammar
-from nemoflow.cli import known_recipes, schema
+from nemoflow.cli import SCHEMAS, known_recipes, schema
 from nemoflow.errors import NemoflowError
 
 SHIPPED = BASE / "config/recipes"
@@ -60,7 +60,8 @@ def test_the_demo_is_read_as_written(load):
     assert [stage.name for stage in recipe.stages] == ["phase1", "phase2", "sft", "rl"]
     assert recipe.stages[1].init.stage == "phase1"
     assert recipe.stages[1].data.blend == {"words": "1/2", "lines": "1/2"}
-    assert recipe.sources["words"].shards == 2
+    assert recipe.sources["sums"].shards == 2
+    assert recipe.sources["words"].shard_size == 512 * 2**20
     assert recipe.export.dtype == "bfloat16"
 
 
@@ -100,17 +101,22 @@ def test_extends_merges_mappings_and_stages_by_name_and_replaces_the_rest(load):
         "extends": "base",
         "overrides": {"sleep_engine": {"optimizer.wd": 0.1}},
         "stages": [
-            {"name": "phase1", "milestones": [7], "data": {"valid": "1/3"}},
+            {"name": "phase1", "milestones": [7], "data": {"max_epochs": "9/2"}},
             {"name": "more", "kind": "sft", "function": "f", "until": 3, "horizon": 3,
              "init": {"from": "sft", "carry": "weights"}, "data": {"chats": {"sums": 1}, "pack_size": 64}},
         ],
     }  # fmt: skip
     recipe = load(child=child, base=DEMO)
-    assert recipe.overrides["sleep_engine"] == {"optimizer.lr": 0.001, "optimizer.wd": 0.1}
+    assert recipe.overrides["sleep_engine"] == {
+        "optimizer.lr": 0.001,
+        "train.global_batch_size": 2,
+        "optimizer.wd": 0.1,
+    }
     assert [s.name for s in recipe.stages] == ["phase1", "phase2", "sft", "rl", "more"]
     assert recipe.stages[0].milestones == [7]
-    assert recipe.stages[0].data.valid == "1/3"
-    assert recipe.stages[0].data.test == "1/5"
+    assert recipe.stages[0].data.max_epochs == "9/2"
+    assert recipe.stages[0].data.blend == {"words": "1"}
+    assert recipe.held_out.cap == "1/5"
     assert recipe.stages[0].until == 20
 
 
@@ -286,11 +292,113 @@ def test_any_damage_is_one_clear_error(tmp_path_factory, place, value, how):
         assert isinstance(recipe, grammar.Recipe)
 
 
+# -- blend files -------------------------------------------------------------------------------------------------------
+
+BLEND = {
+    "sources": {
+        "web": {"files": "hf://org/web", "config": "High-Quality", "weight": 3, "reason": "r"},
+        "math": {"files": "hf://org/math", "weight": "0.5", "repeat": "5/2", "field": "body"},
+    },
+    "placeholder_sources": {"dapo": {"files": "hf://org/dapo"}},
+    "placeholders": {"some_rows": {"source": "dapo", "template": "dapo"}},
+}
+
+
+@pytest.fixture
+def with_blend(tmp_path):
+    """A function that loads the demo with a stage's data named after the blend file mix.yaml."""
+
+    def load(change: tuple[str, str], blend=BLEND):
+        (tmp_path / "blends").mkdir(exist_ok=True)
+        (tmp_path / "blends/mix.yaml").write_text(yaml.safe_dump(blend, sort_keys=False))
+        (tmp_path / "recipes").mkdir(exist_ok=True)
+        (tmp_path / "recipes/r.yaml").write_text(changed(change))
+        return grammar.load("r", [tmp_path / "recipes"])[1]
+
+    return load
+
+
+def test_a_blend_file_gives_sources_and_exact_shares(with_blend):
+    recipe = with_blend(("blend: {words: 1}", "blend: mix"))
+    assert recipe.stages[0].data.blend == {"web": "6/7", "math": "1/7"}
+    assert recipe.sources["web"] == grammar.Files(files="hf://org/web", config="High-Quality")
+    assert recipe.sources["math"].field == "body"
+
+
+def test_a_blend_file_gives_repeats_of_chats_and_placeholders_of_prompts(with_blend):
+    assert with_blend(("chats: {sums: 1}", "chats: mix")).stages[2].data.chats == {"web": "1", "math": "5/2"}
+    rl = with_blend(("prompts: [problems]", "prompts: mix")).stages[3].data
+    assert rl.prompts == ["web", "math"]
+    assert rl.placeholders["some_rows"].source == "dapo"
+
+
+def test_an_unknown_blend_file_is_refused_with_the_known_ones(with_blend):
+    with pytest.raises(
+        NemoflowError, match=r"stages\[phase1\].data.blend: there is no miks.yaml in .*did you mean 'mix'"
+    ):
+        with_blend(("blend: {words: 1}", "blend: miks"))
+
+
+def test_a_mistake_in_a_blend_file_names_that_file(with_blend):
+    wrong = {"sources": {"web": {"files": "hf://org/web", "wieght": 3}}}
+    with pytest.raises(NemoflowError, match=r"mix.yaml: sources.web.wieght: unknown key; did you mean 'weight'"):
+        with_blend(("blend: {words: 1}", "blend: mix"), wrong)
+    negative = {"sources": {"web": {"files": "hf://org/web", "weight": -3}}}
+    with pytest.raises(NemoflowError, match=r"mix.yaml: sources.web.weight: -3: give a number above 0"):
+        with_blend(("blend: {words: 1}", "blend: mix"), negative)
+
+
+def test_a_blend_file_may_not_mean_another_source_by_a_name(with_blend):
+    other = {"sources": {"words": {"files": "elsewhere/*.jsonl"}}}
+    with pytest.raises(NemoflowError, match="both have a source 'words', and they differ"):
+        with_blend(("blend: {words: 1}", "blend: mix"), other)
+
+
+@pytest.mark.parametrize(("written", "size"), [("64MiB", 2**26), ("1 GB", 10**9), ("4096", 4096), ("3kB", 3000)])
+def test_sizes(load, written, size):
+    recipe = load(changed(("format: jsonl, field: line}", f"format: jsonl, field: line, shard_size: {written}}}")))
+    assert recipe.sources["lines"].shard_size == size
+
+
+@pytest.mark.parametrize("written", ["0", "-1", "1.5MiB", "big", "64M", "[]"])
+def test_what_is_no_size(refused, written):
+    message = refused(changed(("format: jsonl, field: line}", f"format: jsonl, field: line, shard_size: {written}}}")))
+    assert "sources.lines.shard_size: " in message
+    assert "give a size such as 512MiB" in message
+
+
+def test_datasets_are_told_apart_by_what_they_hold(load):
+    recipe = load(
+        DEMO
+        + """datasets:
+  mix: {blend: {words: 1}}
+  talk: {chats: {sums: 1/2}, pack_size: 64}
+  pairs: {preferences: [sums], fields: {prompt: question}}
+"""
+    )
+    assert [type(d).__name__ for d in recipe.datasets.values()] == ["PretrainData", "SftData", "PreferenceData"]
+
+
+def test_a_mistake_in_a_dataset_names_its_key(refused):
+    message = refused(DEMO + "datasets:\n  pairs: {preferences: [sums], feilds: {}}\n")
+    assert "datasets.pairs.feilds: unknown key; did you mean 'fields'" in message
+
+
 # -- the schema --------------------------------------------------------------------------------------------------------
 
 
 def test_the_schema_is_that_of_the_types():
-    assert (BASE / "config/recipe.schema.json").read_text() == schema(), "write it again with `nemoflow schema`"
+    for file, model in SCHEMAS.items():
+        assert file.read_text() == schema(model), "write it again with `nemoflow schema`"
+
+
+@pytest.mark.parametrize("path", sorted((BASE / "config/blends").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_blends_are_fine_for_the_types_and_for_editors(path):
+    assert path.read_text().startswith("# yaml-language-server: $schema=../blend.schema.json\n")
+    data = grammar.read_yaml(path)
+    jsonschema.validate(data, json.loads(schema(grammar.Blend)))
+    blend = grammar.Blend.model_validate(data)
+    assert all(source.reason for source in blend.sources.values()), "every weight has a reason"
 
 
 @pytest.mark.parametrize("name", known_recipes([SHIPPED]))

@@ -171,7 +171,7 @@ def test_training_waits_for_its_blend_and_the_shards_behind_it():
     session = asked("pretrain/demo@phase2")
     phase2 = session.recipes["demo"].stages["phase2"].stage
     kinds = [Path(p).parts[1] for p in session.inputs(phase2.identity, 40)]
-    assert kinds == ["pretrain", "blend", "shards", "shards", "tokenizer"]
+    assert kinds == ["pretrain", "index", "blend", "merge", "merge", "tokenizer"]
     assert session.inputs(phase2.identity, 40)[0].endswith("/at-20/artifact.json")
 
 

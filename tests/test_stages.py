@@ -69,7 +69,7 @@ def identities(recipe: Recipe) -> dict[str, str]:
     found = {"tokenizer": recipe.tokenizer}
     for name, trained in recipe.stages.items():
         found[name] = trained.stage.identity
-        found[f"data of {name}"] = trained.stage.payload["data"]
+        found[f"data of {name}"] = trained.data
         found[f"export of {name}"] = recipe.view("hf_export", name)[""].stage.identity
     return found
 
@@ -95,7 +95,9 @@ def test_identities_of_the_demo_never_change():
     [
         [("0.001", "1.0e-3")],
         [("1/2", "0.5")],
-        [("1/5", "2/10")],
+        [("cap: 1/5", "cap: 2/10")],
+        [("blend: {words: 1}", "blend: {words: 1}, max_epochs: 9")],
+        [("vocab_size: 280", "vocab_size: 280, engine: tokenizers")],
         [("words: 1/2, lines: 1/2", "lines: 1/2, words: 1/2")],
         [("save_interval: 5", "save_interval: 7")],
         [("milestones: [10]", "milestones: [3, 4]")],
@@ -104,7 +106,7 @@ def test_identities_of_the_demo_never_change():
         [("words", "texts")],
         [("vocab_size: 280", "vocab_size: 280, chat_template: chatml")],
         [("pack_size: 128", "pack_size: 128, valid: 1/20, too_long: drop, seed: 0")],
-        [("format: jsonl}", "format: jsonl, field: text, shards: 2}")],
+        [("format: jsonl}", "format: jsonl, field: text, max_broken: 1/1000, control_strings: plain}")],
         [("count: 20}", "count: 20}, seed: 0")],
         [("description: a chain of sleeps", "export: {dtype: bfloat16}")],
         [("optimizer.lr: 0.001", "sleep.seconds: 3, optimizer.lr: 0.001")],

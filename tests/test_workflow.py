@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from graph import BASE, DEMO, STAGES, Work, copy_checkout, kill, read_until, suspended
+from graph import BASE, DATA, DEMO, STAGES, Work, copy_checkout, kill, read_until, suspended
 
-DATA_JOBS = {"source": 4, "tokenizer": 1, "shards": 2, "blend": 2, "chats": 1, "prompts": 1}
+DATA_JOBS = {"source": 4, "tokenizer": 1, "shards": 2, "merge": 2, "blend": 2, "index": 2, "chats": 1, "prompts": 1}
 CHAIN = Counter(DATA_JOBS | {"pretrain": 2, "sft": 1, "rl": 1, "name": 1})
 
 
@@ -41,7 +41,7 @@ def touch_every_file(work: Work) -> None:
 
 def touch_inputs_newer_than_outputs(work: Work) -> None:
     """And with no memory of what their content was."""
-    chain = ["raw", "source", "tokenizer", "shards", "blend", "chats", "prompts", "pretrain", "sft", "rl"]
+    chain = ["raw", *DATA, "pretrain", "sft", "rl"]
     for age, part in enumerate(chain):
         root = work.path / part if part == "raw" else work.path / "artifacts" / part
         for path in root.rglob("*"):
@@ -64,7 +64,12 @@ def reorder_keys(work: Work) -> None:
 
 def respell_values(work: Work) -> None:
     text = work.recipe().read_text()
-    for old, new in [("0.001", "1.0e-3"), ("words: 1/2", "words: 0.5"), ("1/5", "2/10"), ("a chain", "# no\n  a")]:
+    for old, new in [
+        ("0.001", "1.0e-3"),
+        ("words: 1/2", "words: 0.5"),
+        ("cap: 1/5", "cap: 0.2"),
+        ("a chain", "# no\n  a"),
+    ]:
         assert old in text
         text = text.replace(old, new)
     work.recipe().write_text("# a comment\n" + text)
@@ -723,7 +728,7 @@ def test_an_empty_corpus_is_refused(fresh: Work):
 
 
 def test_a_corrupt_shard_is_refused_before_training(demo: Work):
-    shard = sorted(demo.path.glob("artifacts/shards/*/*.bin"), key=lambda p: p.stat().st_size)[-1]
+    shard = sorted(demo.path.glob("artifacts/merge/*/*.bin"), key=lambda p: p.stat().st_size)[-1]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -733,7 +738,7 @@ def test_a_corrupt_shard_is_refused_before_training(demo: Work):
     assert "has other bytes than it was sealed with" in message
     assert not os.path.lexists(demo.path / "pretrain/demo@phase1")
     shutil.rmtree(shard.parent)  # as the message advises: it is made again, and what needs it goes on
-    assert demo.planned("pretrain/demo@phase1") == {"shards": 1, "blend": 1, "pretrain": 1, "name": 1}
+    assert demo.planned("pretrain/demo@phase1") == {"merge": 1, "pretrain": 1, "name": 1}
     demo.run("pretrain/demo@phase1")
 
 
