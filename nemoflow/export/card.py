@@ -128,6 +128,10 @@ def _data(sources: list[dict]) -> str:
         if "generator" in payload:
             arguments = ", ".join(f"{k} {v}" for k, v in sorted(payload.get("args", {}).items()))
             origin = f"generated: `{payload['generator']}`" + (f" ({arguments})" if arguments else "")
+        elif "hub" in payload:
+            hub = payload["hub"]
+            subset = " ".join(hub[k] for k in ("config", "split") if hub.get(k))
+            origin = f"`{hub['repo']}` ({subset}) at {hub['commit'][:12]}, {len(payload['files']):,} files"
         else:
             origin = f"{len(payload.get('files', []))} files, pinned by digest"
         size = f"{measures['documents']:,}" if "documents" in measures else ""
