@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from blake3 import blake3
-
 from nemoflow import kinds
 from nemoflow.canonical import canonical, identity
 from nemoflow.errors import NemoflowError
@@ -59,6 +57,8 @@ def read_json(path: Path) -> dict:
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """Digest of a file's bytes, in hex; `algorithm` is "sha256" or "blake3"."""
+    if algorithm == "blake3":
+        from blake3 import blake3  # not needed by the main process
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake3 if algorithm == "blake3" else algorithm).hexdigest()
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from nemoflow.data.rows import Shards, dump
 from nemoflow.errors import NemoflowError
 
 _HEADING = re.compile(r'\n(?=\S[^\n]*\n([*=\-~^"])\1{2,}\n)')
@@ -152,6 +151,8 @@ def make(payload: dict, out: Path, progress: Callable[[str], None]) -> dict:
             f"source {name}: this is Python {platform.python_version()}, the stage is defined by the documentation "
             f"of Python {payload['python']}; run it with that one, or plan it anew with this one"
         )
+    from nemoflow.data.rows import Shards, dump  # brings pyarrow, which the main process can do without
+
     with Shards(out, payload["shards"]) as shards:
         for row in GENERATORS[name](payload["seed"], **payload["args"]):
             shards.write(dump(row))
