@@ -68,6 +68,11 @@ def check(args: argparse.Namespace) -> None:
             failed = True
             continue
         print(f"{recipe.file}: fine")
+        for source, raw in recipe.raw.items():
+            if raw.tokens is not None:
+                print(
+                    f"  source {source}: about {raw.tokens:,} tokens, {len(raw.plan):,} shards in {len(raw.jobs)} jobs"
+                )
         for stage, trained in recipe.stages.items():
             span = f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
             print(f"  {stage}: {trained.spec.kind} by {trained.spec.engine}, {span}, {trained.stage.directory}")

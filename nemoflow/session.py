@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import kinds, summary
+from nemoflow import canonical, kinds, summary
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
 from nemoflow.stages import VIEWS, Recipe, Target
@@ -216,24 +216,27 @@ class Session:
         return "\n".join([*lines, "", *shown_names])
 
     def mermaid(self) -> str:
-        """The lineage of the requested names as a mermaid flowchart: artifacts in human names, inputs pointing on."""
-        lines, seen = ["flowchart TD"], set()
+        """The lineage of the requested names as a mermaid flowchart: artifacts in human names, inputs pointing on.
+
+        The jobs that tokenize one source are drawn as one.
+        """
+        nodes, edges = dict[str, str](), dict[str, None]()
         for target in self._targets():
             for stage, at in self.store.ancestors(target.stage.identity, target.at):
-                if (stage.identity, at) in seen:
-                    continue
-                seen.add((stage.identity, at))
-                node = _node(stage.identity, at)
-                lines.append(f'    {node}["{self.title(stage.identity, at)}"]')
-                refs = kinds.inputs(stage.payload)
-                # The tokenizer is behind every input of the later kinds; an arrow from it to each would hide the chain
-                plain = [r for r in refs if r.role != "tokenizer" or stage.kind == "shards"]
-                lines += [f"    {_node(r.identity, r.at)} --> {node}" for r in plain]
-        return "\n".join(lines)
+                node = _node(stage, at)
+                nodes.setdefault(node, self.title(stage.identity, at).partition(", job 1 of")[0])
+                for ref in kinds.inputs(stage.payload):
+                    # The tokenizer is behind the inputs of the later kinds; arrows from it would hide the chain
+                    if ref.role != "tokenizer" or stage.kind == "shards":
+                        edges[f"    {_node(self.store.load(ref.identity), ref.at)} --> {node}"] = None
+        return "\n".join(["flowchart TD", *(f'    {node}["{title}"]' for node, title in nodes.items()), *edges])
 
 
-def _node(identity: str, at: int | None) -> str:
-    return f"s{identity}" + (f"_{at}" if at is not None else "")
+def _node(stage: Stage, at: int | None) -> str:
+    key = stage.identity
+    if stage.kind == "shards":
+        key = canonical.identity({k: v for k, v in stage.payload.items() if k not in ("first", "shards")})
+    return f"s{key}" + (f"_{at}" if at is not None else "")
 
 
 def _titles(recipe: Recipe) -> dict[str, str]:
