@@ -8,7 +8,7 @@ EVERY = 10.0
 """Seconds between two lines."""
 
 
-def size(count: float) -> str:
+def human(count: float) -> str:
     """Bytes for people: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -50,5 +50,5 @@ class Progress:
     def _line(self, now: float) -> str:
         rate = (self._bytes - self._kept) / max(now - self._started, 1e-9)
         left = f", {duration((self._size - self._bytes) / rate)} left" if rate > 0 else ""
-        done = f"{self._done}/{self._files} files, {size(self._bytes)} of {size(self._size)}"
+        done = f"{self._done}/{self._files} files, {human(self._bytes)} of {human(self._size)}"
         return f"{done}, {rate / 1e6:.1f} MB/s{left}"
