@@ -77,7 +77,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[None]:
     """Turn what the clients raise into one line that says what to do."""
     import httpx
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
     try:
         yield
@@ -86,7 +86,7 @@ def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[N
     except Exception as error:
         name = f"{SCHEME}{repo}"
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-        token = bool(os.environ.get("HF_TOKEN"))
+        token = get_token() is not None
         for cause in _chain(error):
             status = getattr(getattr(cause, "response", None), "status_code", None)
             match cause:
@@ -98,12 +98,12 @@ def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[N
                     )
                 case errors.RevisionNotFoundError():
                     text = f"has no revision {revision!r}; give a branch, a tag or a commit, see {page}/commits/main"
-                case errors.RepositoryNotFoundError():
+                case errors.HfHubHTTPError() if status == 401 and token and not _is_missing(cause):
+                    text = f"{constants.ENDPOINT} refuses HF_TOKEN as invalid; set it to a valid token, or unset it"
+                case errors.HfHubHTTPError() if status == 401 or _is_missing(cause):
                     text = f"there is no such {kind} on {constants.ENDPOINT}, or it is private and " + (
                         "the account of HF_TOKEN may not read it" if token else "HF_TOKEN is not set"
                     )
-                case errors.HfHubHTTPError() if status == 401:
-                    text = f"{constants.ENDPOINT} refuses HF_TOKEN as invalid; set it to a valid token, or unset it"
                 case errors.EntryNotFoundError():
                     text = f"a file that was pinned is no longer there ({_first_line(cause)}); lock again"
                 case errors.HfHubHTTPError():
@@ -117,6 +117,12 @@ def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[N
                     continue
             raise NemoflowError(f"{name}: {text}") from None
         raise
+
+
+def _is_missing(error: BaseException) -> bool:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError)
 
 
 def _first_line(error: BaseException) -> str:
@@ -315,6 +321,11 @@ def footer(file: Any, name: str) -> list[tuple[int, int]]:
     return [(g.num_rows, sum(g.column(c).total_compressed_size for c in range(g.num_columns))) for g in groups]
 
 
+def part(target: Path) -> Path:
+    """Where what has come of `target` is kept until it is whole."""
+    return target.with_name(f".{target.name}.part")
+
+
 def download(
     repo: str, commit: str, file: dict, target: Path, count: Callable[[int, bool], None], kind: Kind = "dataset"
 ) -> str:
@@ -325,7 +336,7 @@ def download(
 
     Raises NemoflowError when it cannot be had, or twice has other bytes than were pinned.
     """
-    part = target.with_name(f".{target.name}.part")
+    begun = part(target)
     with _explained(repo, kind, commit):
         url = _url(repo, kind, commit, file["path"])
         for _ in range(2):
@@ -338,7 +349,7 @@ def download(
                     digest.update(chunk)
                 count(len(chunk), kept)
 
-            with part.open("a+b") as out:
+            with begun.open("a+b") as out:
                 have = out.tell()
                 if have > file["size"]:
                     have = out.truncate(0)
@@ -351,9 +362,9 @@ def download(
                 out.flush()
                 os.fsync(out.fileno())
             if sha256.hexdigest() == file.get("sha256") or git.hexdigest() == file.get("git_sha1"):
-                part.replace(target)
+                begun.replace(target)
                 return sha256.hexdigest()
-            part.unlink()
+            begun.unlink()
             count(-file["size"], True)
     raise NemoflowError(
         f"{SCHEME}{repo}@{commit[:12]}/{file['path']}: came twice with other bytes than were pinned; check the network "

@@ -13,9 +13,7 @@ A lock has a line per file and per shard, so that its changes can be read:
 import glob
 import json
 import os
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,7 @@ from nemoflow import hub
 from nemoflow import recipe as grammar
 from nemoflow.data.plan import Plan, shards
 from nemoflow.errors import NemoflowError
-from nemoflow.progress import EVERY, Progress, human
+from nemoflow.progress import Progress, human, in_threads
 from nemoflow.store import Store, file_digest, read_json, write_atomically
 from nemoflow.store import dump as dump_json
 
@@ -260,11 +258,12 @@ class _Writer:
 
         def row(path: str, size: int) -> Row:
             digest = self.cache.digest(Path(path))
-            progress.add(size, 1)
+            progress.add(size, files=1)
             return (path, size, f"sha256:{digest}")
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return Entry(asked=asked, files=list(pool.map(row, paths, sizes)))
+        threads = min(8, os.cpu_count() or 1)
+        files = in_threads(row, list(zip(paths, sizes, strict=True)), threads, progress)
+        return Entry(asked=asked, files=files)
 
     def _remote(self, asked: Asked, kind: hub.Kind, say: Callable[[str], None]) -> Entry:
         repo = hub.repository(asked.files)
@@ -286,25 +285,24 @@ class _Writer:
 
     def _cut(self, entry: Entry, say: Callable[[str], None]) -> None:
         """Plan the shards; footers are read of those Parquet files only that are to be divided."""
-        asked, groups = entry.asked, dict[int, list[tuple[int, int]]]()
+        asked = entry.asked
         large = [n for n, row in enumerate(entry.files) if entry.format == "parquet" and row[1] > asked.shard_size]
-        shown = time.monotonic()
+        if large:
+            say(f"{len(entry.files):,} files, {human(entry.bytes)}; reading {len(large):,} Parquet footers")
+        progress = Progress(lambda line: say(f"Parquet footers: {line}"), len(large), 0)
 
         def footer(number: int) -> list[tuple[int, int]]:
             path, bytes_, _ = entry.files[number]
             if entry.commit is None:
-                return hub.footer(path, path)
-            return hub.row_groups(hub.repository(asked.files), entry.commit, {"path": path, "size": bytes_})
+                found = hub.footer(path, path)
+            else:
+                found = hub.row_groups(hub.repository(asked.files), entry.commit, {"path": path, "size": bytes_})
+            progress.add(files=1)
+            return found
 
-        if large:
-            say(f"{len(entry.files):,} files, {human(entry.bytes)}; reading {len(large):,} Parquet footers")
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for number, found in zip(large, pool.map(footer, large), strict=True):
-                groups[number] = found
-                entry.files[number] = (*entry.files[number], " ".join(f"{rows}/{bytes_}" for rows, bytes_ in found))
-                if time.monotonic() - shown >= EVERY:
-                    shown = time.monotonic()
-                    say(f"{len(groups):,}/{len(large):,} Parquet footers")
+        groups = dict(zip(large, in_threads(footer, [(n,) for n in large], _THREADS, progress), strict=True))
+        for number, found in groups.items():
+            entry.files[number] = (*entry.files[number], " ".join(f"{rows}/{bytes_}" for rows, bytes_ in found))
         entry.plan = shards([row[1] for row in entry.files], groups, asked.shard_size)
 
 

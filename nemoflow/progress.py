@@ -1,8 +1,10 @@
-"""Lines about long work on files: how many, how fast, how long still."""
+"""Long work on many files: several at a time, with lines that say how many, how fast, how long still."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
 
 EVERY = 10.0
 """Seconds between two lines."""
@@ -24,11 +26,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+class Stopped(Exception):
+    """Raised in the threads whose work is no longer wanted."""
+
+
 class Progress:
     """Counts files and bytes, from any thread, and shows a line now and then.
 
-    files, size: how many of each there are in all. `show` gets lines such as
-    "3/17 files, 1.2 GB of 9.8 GB, 105.3 MB/s, 82 s left".
+    files, size: how many files and bytes there are in all; 0 bytes for work that is not measured by them. `show` gets
+    lines such as "3/17 files, 1.2 GB of 9.8 GB, 105.3 MB/s, 82 s left".
     """
 
     def __init__(self, show: Callable[[str], None], files: int, size: int):
@@ -36,9 +42,19 @@ class Progress:
         self._lock = threading.Lock()
         self._done = self._bytes = self._kept = 0
         self._started = self._shown = time.monotonic()
+        self._stopped = False
 
-    def add(self, size: int = 0, files: int = 0, kept: bool = False) -> None:
-        """Count bytes and files; `kept` ones were there before and say nothing of the speed."""
+    def stop(self) -> None:
+        """Make the next `add`, in whatever thread, end that thread's work."""
+        self._stopped = True
+
+    def add(self, size: int = 0, kept: bool = False, files: int = 0) -> None:
+        """Count bytes and files; `kept` ones were there before and say nothing of the speed.
+
+        Raises Stopped after `stop`.
+        """
+        if self._stopped:
+            raise Stopped
         with self._lock:
             self._done += files
             self._bytes += size
@@ -48,7 +64,34 @@ class Progress:
                 self._show(self._line(now))
 
     def _line(self, now: float) -> str:
-        rate = (self._bytes - self._kept) / max(now - self._started, 1e-9)
-        left = f", {duration((self._size - self._bytes) / rate)} left" if rate > 0 else ""
-        done = f"{self._done}/{self._files} files, {human(self._bytes)} of {human(self._size)}"
-        return f"{done}, {rate / 1e6:.1f} MB/s{left}"
+        """Work without bytes is measured in files."""
+        done, todo = (
+            (self._bytes - self._kept, self._size - self._bytes)
+            if self._size
+            else (self._done, self._files - self._done)
+        )
+        rate = done / max(now - self._started, 1e-9)
+        left = f", {duration(todo / rate)} left" if rate > 0 else ""
+        files = f"{self._done:,}/{self._files:,} files"
+        if not self._size:
+            return files + left
+        return f"{files}, {human(self._bytes)} of {human(self._size)}, {rate / 1e6:.1f} MB/s{left}"
+
+
+def in_threads(work: Callable[..., Any], arguments: Sequence[tuple], threads: int, progress: Progress) -> list:
+    """`work(*arguments)` for each tuple of arguments, `threads` at a time; the results in order.
+
+    The first error ends it: the other threads stop when they next tell `progress`, and the error is raised. So does an
+    interrupt of this thread.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, *a) for a in arguments]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            progress.stop()
+            pool.shutdown(cancel_futures=True)
+    errors = [e for future in futures if not future.cancelled() and (e := future.exception())]
+    for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
+        raise error
+    return [future.result() for future in futures]

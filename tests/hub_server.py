@@ -6,17 +6,40 @@ another host (here another name of this one), which must never see the token. `k
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LARGE = 1024
 """Files of at least so many bytes are LFS files."""
 PAGE = 7
 """Entries on one page of a tree listing: few, so that clients have to turn pages."""
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PRELUDE = """
+import json
+from dataclasses import asdict
+from pathlib import Path
+from nemoflow import hub, locks
+from nemoflow.data import download
+from nemoflow.errors import NemoflowError
+from nemoflow.store import Store
+def show(value):
+    print(json.dumps(value), flush=True)
+try:
+"""
+EPILOGUE = """
+except NemoflowError as error:
+    show(str(error))
+"""
 
 
 def git_sha1(data: bytes) -> str:
@@ -90,6 +113,23 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
+    def start(self, code: str, cwd: Path, token: str | None = None, **env: str) -> subprocess.Popen:
+        """Start Python code whose clients use this hub (they read the environment when they are imported)."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        clean |= {"HF_ENDPOINT": self.url, "HF_HOME": str(cwd / ".hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        clean |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+        clean |= ({"HF_TOKEN": token} if token else {}) | env
+        return subprocess.Popen(
+            [sys.executable, "-c", code], cwd=cwd, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def run(self, code: str, cwd: Path, token: str | None = None, **env: str) -> list:
+        """Run such code; returns what it gave to show(), and the message of the NemoflowError that ended it, if any."""
+        process = self.start(PRELUDE + textwrap.indent(textwrap.dedent(code), "    ") + EPILOGUE, cwd, token, **env)
+        printed, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        return [json.loads(line) for line in printed.splitlines()]
+
     def knob(self, path: str) -> Knobs:
         """The knobs of a file."""
         return next((k for pattern, k in self.knobs.items() if fnmatch(path, pattern)), Knobs())
@@ -152,7 +192,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             except _Refused as refused:
                 headers = {"X_Error_Code": refused.code} if refused.code else {}
                 self.answer(refused.status, X_Error_Message=refused.message or "refused", **headers)
-            except BrokenPipeError:
+            except ConnectionError:
                 self.close_connection = True
 
         do_GET = do_HEAD = do_POST = respond

@@ -1,22 +1,19 @@
-"""Kind `source` made of local files that `nemoflow lock` has pinned: verified, then dealt out into shards."""
+"""Kind `source` made of local files that `nemoflow lock` has pinned: verified, then linked to."""
 
 import hashlib
-import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nemoflow.data.rows import Shards, dump
+from nemoflow.data.made import Made
+from nemoflow.data.sources import file_name
 from nemoflow.errors import NemoflowError
+from nemoflow.progress import Progress, in_threads
 
 _CHUNK = 1 << 20
 
 
-def check_file(entry: dict, path: Path) -> None:
-    """Verify a local file against its lock entry {"size", "sha256"}.
+def check_file(entry: dict, path: Path, count: Callable[[int], None] = lambda _: None) -> None:
+    """Verify a local file against its lock entry {"size", "sha256"}; `count` is told of the bytes read.
 
     Raises NemoflowError naming file and way out when it is missing, unreadable or has changed.
     """
@@ -29,85 +26,32 @@ def check_file(entry: dict, path: Path) -> None:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
+                count(len(chunk))
     except OSError as error:
         raise NemoflowError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     if digest.hexdigest() != entry["sha256"]:
         raise NemoflowError(f"{path}: its content has changed since it was locked; {remedy}")
 
 
-def _text_file(path: Path) -> Iterator[bytes]:
-    """One document: the whole file."""
-    try:
-        yield dump({"text": path.read_text(encoding="utf-8")})
-    except UnicodeDecodeError as error:
-        raise NemoflowError(f"{path}: byte {error.start}: not UTF-8; convert the file") from None
+def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], threads: int = 1) -> Made:
+    """Link files/00000.FORMAT ... to local files, by absolute paths, after verifying each.
 
+    `payload` is {"files": [{"size", "sha256"}], "format"}; inputs["files"] are the files in the same order. `threads`
+    files are read at a time. Returns the measures {"files", "bytes"} and the contents.
 
-def _parquet(path: Path, field: str) -> Iterator[bytes]:
-    file = pq.ParquetFile(path)
-    if field not in file.schema_arrow.names:
-        raise NemoflowError(f"{path}: no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
-    try:
-        for batch in file.iter_batches(batch_size=1000, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield dump({_row_key(field): value})
-    except TypeError:
-        type_ = file.schema_arrow.field(field).type
-        raise NemoflowError(f"{path}: column {field!r} holds {type_}, which is neither text nor chats") from None
-
-
-def _json_lines(path: Path, format_: str, field: str) -> Iterator[bytes]:
-    """The lines of a JSON Lines file. Whoever consumes the source judges them; only the field is renamed here."""
-    compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
-    with io.BufferedReader(pa.input_stream(str(path), compression=compression)) as file:
-        for line in file:
-            if not line.strip():
-                continue
-            line = line.rstrip(b"\r\n") + b"\n"
-            yield line if _row_key(field) == field else _renamed(line, field)
-
-
-def _row_key(field: str) -> str:
-    """What `field` is called in the source: readers of documents look for "text", of chats for "messages"."""
-    return field if field == "messages" else "text"
-
-
-def _renamed(line: bytes, field: str) -> bytes:
-    try:
-        row = json.loads(line.decode())
-        return dump({**row, _row_key(field): row.pop(field)})
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        return line  # broken: for the consumer to count
-
-
-def _lines(path: Path, format_: str, field: str) -> Iterator[bytes]:
-    try:
-        match format_:
-            case "txt":
-                yield from _text_file(path)
-            case "parquet":
-                yield from _parquet(path, field)
-            case _:
-                yield from _json_lines(path, format_, field)
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise NemoflowError(f"{path}: is no readable {format_} file ({error})") from None
-
-
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
-    """Write the shards of a source of local files, rows dealt out in turn in the order of the files.
-
-    `payload` is {"files": [{"size", "sha256"}], "format", "field", "shards"}; inputs["files"] are the files in
-    the same order. Returns {"documents", "bytes"}: rows, and bytes of the shard files.
-
-    Raises NemoflowError for a missing or changed file, an unreadable one, and when all files are empty.
+    Raises NemoflowError for a missing, unreadable or changed file.
     """
-    with Shards(out, payload["shards"]) as shards:
-        for entry, path in zip(payload["files"], inputs["files"], strict=True):
-            check_file(entry, path)
-            for line in _lines(path, payload["format"], payload["field"]):
-                shards.write(line)
-            progress(f"{path.name}: {shards.rows:,} rows so far")
-    if not shards.rows:
-        names = ", ".join(map(str, inputs["files"]))
-        raise NemoflowError(f"{names}: no rows here; the corpus is empty")
-    return {"documents": shards.rows, "bytes": shards.bytes}
+    entries = payload["files"]
+    meter = Progress(progress, len(entries), sum(entry["size"] for entry in entries))
+    (out / "files").mkdir()
+
+    def link(number: int, entry: dict, path: Path) -> dict:
+        check_file(entry, path, meter.add)
+        name = file_name(number, payload["format"])
+        (out / name).symlink_to(path.absolute())
+        meter.add(files=1)
+        return {"name": name, **entry}
+
+    work = list(zip(range(len(entries)), entries, inputs["files"], strict=True))
+    contents = in_threads(link, work, threads, meter)
+    return Made({"files": len(contents), "bytes": sum(entry["size"] for entry in contents)}, contents)

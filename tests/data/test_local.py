@@ -1,130 +1,96 @@
-import gzip
-import hashlib
-import json
+"""Local files as a source: verified and linked to, never copied."""
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import hashlib
+import threading
+
 import pytest
 
-from nemoflow.data import generate
+from nemoflow.data import local
+from nemoflow.data.sources import Source
 from nemoflow.errors import NemoflowError
 
-TEXTS = ["one\ntwo", "drei – vier", "\U0001f600", "five", "six"]
+
+def entry(data: bytes) -> dict:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def make(out, files, format_, field="text", shards=2, entries=None):
-    entries = entries or [
-        {"size": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files
-    ]
-    payload = {"files": entries, "format": format_, "field": field, "shards": shards}
-    return generate.make(payload, {"files": files}, out, print)
+def make(out, files, entries, threads=2, progress=print):
+    return local.make({"files": entries, "format": "jsonl"}, {"files": files}, out, progress, threads=threads)
 
 
-def texts(out, field="text"):
-    shards = [shard.read_text().splitlines() for shard in sorted(out.iterdir())]
-    dealt = [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
-    return [json.loads(line)[field] for line in dealt]
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The directory paths are relative to, and an empty artifact."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "out").mkdir()
+    return tmp_path
 
 
-def jsonl(field="text", ending="\n"):
-    return "".join(json.dumps({field: text, "more": 1}) + ending for text in TEXTS).encode()
+def test_files_are_linked_in_order_by_absolute_paths(place):
+    data = [b'{"text": "%d"}\n' % i for i in range(12)]
+    files = [place.joinpath("raw", f"{chr(110 - i)}.jsonl").relative_to(place) for i in range(12)]
+    for file, content in zip(files, data, strict=True):
+        file.write_bytes(content)
+    entries = [entry(content) for content in data]
+    made = make(place / "out", files, entries)
+    assert made.measures == {"files": 12, "bytes": sum(map(len, data))}
+    assert made.contents == [{"name": f"files/{i:05d}.jsonl", **e} for i, e in enumerate(entries)]
+    source = Source(place / "out", {"files": entries, "format": "jsonl"}, 12, "jsonl")
+    assert [source.path(i).read_bytes() for i in range(12)] == data
+    assert [source.origin(i) for i in range(12)] == [str(place / file) for file in files]
+    assert source.place(3, 7) == f"{place}/raw/k.jsonl:7"
 
 
-def zst(data):
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
+def test_a_changed_missing_or_other_file_is_named_with_the_way_out(place):
+    data = b'{"text": "five"}\n'
+    file = place / "raw/a.jsonl"
 
+    def refused(message: str) -> None:
+        with pytest.raises(NemoflowError, match=rf"raw/a.jsonl: {message}.* put the locked file back, or .* lock R"):
+            make(place / "out", [file], [entry(data)])
+        (place / "out/files").rmdir()
 
-@pytest.mark.parametrize(
-    ("format_", "data"),
-    [
-        ("jsonl", jsonl()),
-        ("jsonl", jsonl(ending="\r\n") + b"\n\n"),
-        ("jsonl", jsonl().rstrip(b"\n")),
-        ("jsonl.gz", gzip.compress(jsonl())),
-        ("jsonl.zst", zst(jsonl())),
-    ],
-)
-def test_json_lines(tmp_path, out, format_, data):
-    file = tmp_path / "raw"
-    file.write_bytes(data)
-    assert make(out, [file], format_)["documents"] == 5
-    assert texts(out) == TEXTS
-    assert json.loads((out / "shard-00000.jsonl").read_text().splitlines()[0])["more"] == 1
-
-
-def test_the_field_is_called_text_in_the_source_and_unusable_rows_stay(tmp_path, out):
-    file = tmp_path / "raw.jsonl"
-    file.write_bytes(b'{"body": "new", "text": "old"}\nnot json\n{"other": 1}\n')
-    make(out, [file], "jsonl", field="body", shards=1)
-    lines = (out / "shard-00000.jsonl").read_bytes().splitlines()
-    assert json.loads(lines[0])["text"] == "new"
-    assert lines[1:] == [b"not json", b'{"other": 1}']
-
-
-def test_parquet(tmp_path, out):
-    file = tmp_path / "raw.parquet"
-    pq.write_table(pa.table({"body": TEXTS, "n": range(5)}), file, row_group_size=2)
-    assert make(out, [file], "parquet", field="body", shards=3)["documents"] == 5
-    assert texts(out) == TEXTS
-
-
-def test_parquet_of_chats(tmp_path, out):
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    file = tmp_path / "raw.parquet"
-    pq.write_table(pa.table({"messages": [chat]}), file)
-    make(out, [file], "parquet", field="messages", shards=1)
-    assert texts(out, "messages") == [chat]
-
-
-def test_text_files_are_documents(tmp_path, out):
-    files = [tmp_path / f"{i}.txt" for i in range(5)]
-    for file, text in zip(files, TEXTS, strict=True):
-        file.write_text(text, encoding="utf-8")
-    make(out, files, "txt")
-    assert texts(out) == TEXTS
-
-
-def test_a_changed_missing_or_other_file_is_named_with_the_way_out(tmp_path, out):
-    file = tmp_path / "raw.jsonl"
-    file.write_bytes(jsonl())
-    entry = {"size": file.stat().st_size, "sha256": hashlib.sha256(jsonl()).hexdigest()}
-    file.write_bytes(jsonl() + b"\n")
-    with pytest.raises(NemoflowError, match=r"raw\.jsonl: has \d+ bytes, locked with \d+.*nemoflow lock"):
-        make(out, [file], "jsonl", entries=[entry])
-    file.write_bytes(jsonl().replace(b"five", b"FIVE"))
-    with pytest.raises(NemoflowError, match=r"raw\.jsonl: its content has changed.*nemoflow lock"):
-        make(out, [file], "jsonl", entries=[entry])
+    file.write_bytes(data + b"\n")
+    refused("has 18 bytes, locked with 17;")
+    file.write_bytes(data.replace(b"five", b"FIVE"))
+    refused("its content has changed since it was locked;")
     file.unlink()
-    with pytest.raises(NemoflowError, match=r"raw\.jsonl: cannot be read \(No such file.*nemoflow lock"):
-        make(out, [file], "jsonl", entries=[entry])
+    refused(r"cannot be read \(No such file or directory\);")
+    file.mkdir()
+    refused("has [0-9,]+ bytes, locked with 17;")
 
 
-@pytest.mark.parametrize(
-    ("format_", "data", "message"),
-    [
-        ("jsonl", b"\n\n", "the corpus is empty"),
-        ("jsonl.gz", gzip.compress(jsonl())[:-20], "is no readable jsonl.gz file"),
-        ("jsonl.gz", jsonl(), "is no readable jsonl.gz file"),
-        ("jsonl.zst", zst(jsonl())[:-8], "is no readable jsonl.zst file"),
-        ("parquet", b"PAR1 or not", "is no readable parquet file"),
-        ("txt", b"abc\xff", "byte 3: not UTF-8"),
-    ],
-)
-def test_unreadable_files(tmp_path, out, format_, data, message):
-    file = tmp_path / "raw"
-    file.write_bytes(data)
-    with pytest.raises(NemoflowError, match=message) as error:
-        make(out, [file], format_)
-    assert str(file) in str(error.value)
+def test_the_first_error_ends_the_work_of_all_threads(place, monkeypatch):
+    data = bytes(3 * local._CHUNK)
+    files = [place / "raw" / f"{i}.jsonl" for i in range(30)]
+    for file in files:
+        file.write_bytes(data)
+    files[0].write_bytes(b"other")
+    read = []
+    original, gate = local.check_file, threading.Event()
+
+    def checked(e, path, count):
+        if path == files[0]:
+            gate.wait(5)
+        else:
+            gate.set()
+        original(e, path, lambda size: (read.append(size), count(size)))
+
+    monkeypatch.setattr(local, "check_file", checked)
+    with pytest.raises(NemoflowError, match=r"raw/0\.jsonl: has 5 bytes"):
+        make(place / "out", files, [entry(data)] * 30, threads=2)
+    assert sum(read) < 20 * len(data)
 
 
-def test_parquet_without_the_column_or_with_bytes_in_it(tmp_path, out):
-    file = tmp_path / "raw.parquet"
-    pq.write_table(pa.table({"a": [b"x"], "b": ["y"]}), file)
-    with pytest.raises(NemoflowError, match="no column 'text'; it has a, b"):
-        make(out, [file], "parquet")
-    with pytest.raises(NemoflowError, match="column 'a' holds binary"):
-        make(out, [file], "parquet", field="a")
+def test_progress_says_how_much_how_fast_and_how_long(place, monkeypatch):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    data = bytes(2 * local._CHUNK)
+    files = [place / "raw" / f"{i}.jsonl" for i in range(4)]
+    for file in files:
+        file.write_bytes(data)
+    lines = []
+    make(place / "out", files, [entry(data)] * 4, threads=1, progress=lines.append)
+    assert lines[0] == "1/4 files, 3.1 MB of 8.4 MB, 0.3 MB/s, 20 s left"
+    assert len(lines) == 3
