@@ -1,21 +1,42 @@
 """Rows of a source: read in any of its formats, counted when broken, split by content.
 
-Bad rows are counted by reason, with the place of the first; a share of them above `max_broken` stops the stage.
+Bad rows are counted by reason, with the place of the first; a share of them above `max_broken` stops the stage. A file
+that cannot be read any further is an error at once.
+
+`read` gives whole rows as objects, for chats and the like. `texts` gives batches of the text in one field, for corpora:
+in bounded memory, and without a Python object for anything else in the row. Both take about a MB of whole lines at a
+time, or as many rows of a row group.
 """
 
 import hashlib
 import io
+import json
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from nemoflow.data.sources import Source, Unit, file_name
 from nemoflow.errors import NemoflowError
+
+if TYPE_CHECKING:  # it takes 0.2 s to import: only those who read Parquet or compressed files pay
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_CHUNK = 1 << 20
+"""Bytes of lines, or of text, taken at once: little enough for a processor's cache."""
+
+_LONGEST = 1 << 30
+"""Bytes of the longest line or text file. A longer one is damaged, most likely, and would not fit in memory."""
+
+_ROWS = 8192
+"""Most rows of a Parquet file taken at once, however short they are."""
 
 SPLITS = ("train", "valid", "test")
 
@@ -78,6 +99,23 @@ class Broken:
             )
 
 
+class Texts(NamedTuple):
+    """Some rows of a file, in order: the text of the usable ones, and why the others have none.
+
+    file: number of the file in its source. rows: of each text, counted from 1. texts: in UTF-8, none empty. dropped:
+    (row, reason) of the others.
+    """
+
+    file: int
+    rows: Sequence[int]
+    texts: list[bytes]
+    dropped: list[tuple[int, str]]
+
+
+class _Bad(str):
+    """Stands for a row that is no object: the reason."""
+
+
 def read(source: Source, units: Iterable[Unit], broken: Broken) -> Iterator[tuple[int, int, dict]]:
     """Each usable row of some units as (file, row, object); `row` counts from 1, in lines or in Parquet rows.
 
@@ -85,56 +123,274 @@ def read(source: Source, units: Iterable[Unit], broken: Broken) -> Iterator[tupl
 
     Raises NemoflowError naming file and row when a file cannot be read.
     """
+    decoder = msgspec.json.Decoder()
     for unit in units:
-        number = unit[0]
-        at = 0
+        number, at = unit[0], 0
         try:
             match source.format:
                 case "txt":
-                    yield number, 1, {"text": source.path(number).read_text(encoding="utf-8")}
+                    text = _text_file(source.path(number))
+                    if isinstance(text, _Bad):
+                        broken.add(text, source.place(number, 1))
+                    else:
+                        yield number, 1, {"text": text}
                 case "parquet":
-                    for at, row in _parquet(source.path(number), *unit[1:]):
+                    for at, row in _parquet_rows(source, *unit):
                         yield number, at, row
                 case _:
-                    for at, line in enumerate(_lines(source.path(number), source.format), 1):
-                        if not line.strip():
-                            continue
+                    for first, chunk in _chunks(source, number):
+                        for at, row in zip(*_objects(first, chunk, decoder), strict=True):
+                            if isinstance(row, dict):
+                                yield number, at, row
+                            else:
+                                reason = row if isinstance(row, _Bad) else "not a JSON object"
+                                broken.add(reason, source.place(number, at))
+        except _damage() as error:
+            raise _unreadable(source, number, at, error) from None
+
+
+def texts(source: Source, units: Iterable[Unit], field: str) -> Iterator[Texts]:
+    """The texts in `field` of all rows of some units, in batches of about _CHUNK bytes or one longer text.
+
+    A row is dropped for the reasons of `read` and of `text_of`.
+
+    Raises NemoflowError naming file and row when a file cannot be read, or is Parquet without such a column of text.
+    """
+    row_type = msgspec.defstruct("Row", [("text", Any, None)], rename={"text": field}, gc=False)
+    decoder = msgspec.json.Decoder(row_type)
+    for unit in units:
+        number, at = unit[0], 0
+        try:
+            match source.format:
+                case "txt":
+                    yield _usable(number, [1], [_text_file(source.path(number))], field)
+                case "parquet":
+                    for first, values in _parquet_texts(source, field, *unit):
+                        yield _usable_bytes(number, first, values, field)
+                        at = first + len(values) - 1
+                case _:
+                    for first, chunk in _chunks(source, number):
+                        rows, found = _objects(first, chunk, decoder)
                         try:
-                            row = msgspec.json.decode(line)
-                        except msgspec.DecodeError:
-                            broken.add("not JSON", source.place(number, at))
-                            continue
-                        except UnicodeDecodeError:
-                            broken.add("not UTF-8", source.place(number, at))
-                            continue
-                        except RecursionError:
-                            broken.add("nested too deeply", source.place(number, at))
-                            continue
-                        if isinstance(row, dict):
-                            yield number, at, row
-                        else:
-                            broken.add("not a JSON object", source.place(number, at))
-        except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
+                            values = [row.text for row in found]
+                        except AttributeError:
+                            values = [_value(row, field) for row in found]
+                        yield _usable(number, rows, values, field)
+                        at = first + chunk.count(b"\n") - 1
+        except _damage() as error:
+            raise _unreadable(source, number, at, error) from None
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises; pyarrow's errors only where pyarrow is in use."""
+    arrow = sys.modules.get("pyarrow")
+    return (OSError, EOFError) if arrow is None else (OSError, EOFError, arrow.ArrowException)
+
+
+def _unreadable(source: Source, number: int, at: int, error: Exception) -> NemoflowError:
+    return NemoflowError(
+        f"{source.place(number, at + 1)}: cannot be read as {source.format} ({error}); repair the file, "
+        "or leave it out and run `nemoflow lock`"
+    )
+
+
+def _text_file(path: Path) -> str:
+    """A file that is one text."""
+    if (size := path.stat().st_size) > _LONGEST:
+        raise EOFError(f"{size:,} bytes in one text, of which {_LONGEST:,} are allowed")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return _Bad("not UTF-8")
+
+
+def _chunks(source: Source, number: int) -> Iterator[tuple[int, bytes]]:
+    """A file's lines some at a time: the number of the first, from 1, and the lines as they are."""
+    path, at = source.path(number), 1
+    with _open(path, source.format) as lines:
+        while chunk := lines.read(_CHUNK):
+            if not chunk.endswith(b"\n"):
+                rest = lines.readline(_LONGEST)
+                if len(rest) == _LONGEST and not rest.endswith(b"\n"):
+                    raise EOFError(f"a line of more than {_LONGEST:,} bytes")
+                chunk += rest
+            yield at, chunk
+            at += chunk.count(b"\n")
+
+
+def _open(path: Path, format_: str) -> io.BufferedReader:
+    if format_ == "jsonl":
+        return path.open("rb", _CHUNK)
+    import pyarrow as pa
+
+    compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
+
+
+def _objects(first: int, chunk: bytes, decoder: msgspec.json.Decoder) -> tuple[Sequence[int], list]:
+    """The lines that are not blank: their numbers, and what the decoder makes of each, or _Bad."""
+    lines = chunk.count(b"\n") + (not chunk.endswith(b"\n"))
+    try:
+        found = decoder.decode_lines(chunk)
+        if len(found) == lines:
+            return range(first, first + lines), found
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    rows = [(row, line) for row, line in enumerate(chunk.split(b"\n"), first) if line.strip()]
+    return [row for row, _ in rows], [_object(line, decoder) for _, line in rows]
+
+
+def _object(line: bytes, decoder: msgspec.json.Decoder) -> Any:
+    """What is in one line. Python's own decoder has the last word: it takes NaN, and half of a surrogate pair."""
+    try:
+        return decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return _Bad("not UTF-8")
+    except RecursionError:
+        return _Bad("nested too deeply")
+    except ValueError:
+        return _Bad("not JSON")
+    return found if isinstance(found, dict) else _Bad("not a JSON object")
+
+
+def _value(row: Any, field: str) -> Any:
+    if isinstance(row, _Bad):
+        return row
+    return row.get(field) if isinstance(row, dict) else row.text
+
+
+def _usable(number: int, rows: Sequence[int], values: list, field: str) -> Texts:
+    try:
+        found = [value.encode() for value in values]
+        if all(found) and _Bad not in map(type, values):
+            return Texts(number, rows, found, [])
+    except (AttributeError, UnicodeEncodeError):
+        pass
+    kept, found, dropped = [], [], []
+    for row, value in zip(rows, values, strict=True):
+        try:
+            if isinstance(value, _Bad):
+                raise ValueError(value)
+            found.append(text_of({field: value}, field).encode())
+            kept.append(row)
+        except ValueError as error:
+            dropped.append((row, str(error)))
+    return Texts(number, kept, found, dropped)
+
+
+def _usable_bytes(number: int, first: int, values: list[bytes | None], field: str) -> Texts:
+    """The same for values that are UTF-8 already, or None, or not UTF-8 after all (then _Bad)."""
+    rows = range(first, first + len(values))
+    if all(values) and _Bad not in map(type, values):
+        return Texts(number, rows, values, [])
+    kept, found, dropped = [], [], []
+    for row, value in zip(rows, values, strict=True):
+        if value and not isinstance(value, _Bad):
+            kept.append(row)
+            found.append(value)
+        else:
+            dropped.append((row, value or (f"no {field!r}" if value is None else f"{field!r} is empty")))
+    return Texts(number, kept, found, dropped)
+
+
+def _row_groups(
+    source: Source, number: int, first: int = 0, end: int | None = None
+) -> Iterator[tuple["pq.ParquetFile", int, int]]:
+    """Row groups of a file: the open file, the row group's number, and that of its first row, from 1."""
+    import pyarrow.parquet as pq
+
+    # Parts of a column are read as they are wanted; by default it would be a row group, which may be gigabytes.
+    with pq.ParquetFile(source.path(number), buffer_size=_CHUNK, pre_buffer=False) as file:
+        count = file.metadata.num_row_groups
+        if end is not None and end > count:
             raise NemoflowError(
-                f"{source.place(number, at + 1)}: cannot be read as {source.format} ({error}); repair the file, "
-                "or leave it out and run `nemoflow lock`"
-            ) from None
+                f"{source.origin(number)}: has {count} row groups, planned with {end} or more; put the locked file "
+                "back, or pin what is there now with `nemoflow lock RECIPE`"
+            )
+        at = 1 + sum(file.metadata.row_group(i).num_rows for i in range(first))
+        for group in range(first, count if end is None else end):
+            yield file, group, at
+            at += file.metadata.row_group(group).num_rows
 
 
-def _lines(path: Path, format_: str) -> Iterator[bytes]:
-    compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
-    with io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20) as lines:
-        yield from lines
+def _batches(
+    file: "pq.ParquetFile", group: int, size: int, columns: list[str] | None = None
+) -> Iterator["pa.RecordBatch"]:
+    """Batches of a row group of `size` bytes, as many rows as give about _CHUNK bytes."""
+    rows = max(1, min(_ROWS, _CHUNK * file.metadata.row_group(group).num_rows // max(size, 1)))
+    return file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
 
 
-def _parquet(path: Path, first: int = 0, end: int | None = None) -> Iterator[tuple[int, dict]]:
-    with pq.ParquetFile(path) as file:
-        end = file.metadata.num_row_groups if end is None else end
-        at = sum(file.metadata.row_group(i).num_rows for i in range(first))
-        for batch in file.iter_batches(batch_size=1000, row_groups=list(range(first, end))):
+def _parquet_rows(source: Source, number: int, *groups: int) -> Iterator[tuple[int, dict]]:
+    for file, group, at in _row_groups(source, number, *groups):
+        for batch in _batches(file, group, file.metadata.row_group(group).total_byte_size):
             for row in batch.to_pylist():
-                at += 1
                 yield at, row
+                at += 1
+
+
+def _parquet_texts(source: Source, field: str, number: int, *groups: int) -> Iterator[tuple[int, list[bytes | None]]]:
+    """Row number of the first, and the values of a column of text."""
+    for file, group, at in _row_groups(source, number, *groups):
+        names = file.schema_arrow.names
+        if field not in names:
+            raise NemoflowError(
+                f"{source.origin(number)}: no column {field!r}; it has {', '.join(names)}; set the source's text_field"
+            )
+        metadata = file.metadata.row_group(group)
+        columns = (metadata.column(i) for i in range(metadata.num_columns))
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+        for batch in _batches(file, group, size, [field]):
+            for values in _values(source, number, batch.column(0), field):
+                yield at, values
+                at += len(values)
+
+
+def _values(source: Source, number: int, column: "pa.Array", field: str) -> Iterator[list[bytes | None]]:
+    """The values of a column as bytes, about _CHUNK bytes at a time."""
+    import pyarrow as pa
+
+    text = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not any(is_text(text) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+        raise NemoflowError(
+            f"{source.origin(number)}: column {field!r} holds {column.type}, which is not text; set the source's "
+            "text_field"
+        )
+    column = column.cast(pa.large_string())
+    _, offsets, data = column.buffers()
+    offsets = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    content = memoryview(data or b"")
+    missing = set(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()) if column.null_count else ()
+    try:
+        column.validate(full=True)
+        valid = True
+    except pa.ArrowInvalid:
+        valid = False
+    begin = 0
+    while begin < len(column):
+        end = max(begin + 1, int(np.searchsorted(offsets, offsets[begin] + _CHUNK, "right")) - 1)
+        part = bytes(content[offsets[begin] : offsets[end]])
+        cuts = (offsets[begin : end + 1] - offsets[begin]).tolist()
+        values: list[bytes | None] = [part[a:b] for a, b in pairwise(cuts)]
+        if not valid:
+            values = [_decodable(value) for value in values]
+        for i in range(begin, end) if missing else ():
+            if i in missing:
+                values[i - begin] = None
+        yield values
+        begin = end
+
+
+def _decodable(value: bytes) -> bytes | _Bad:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return _Bad("not UTF-8")
+    return value
 
 
 def text_of(row: dict, field: str) -> str:

@@ -1,7 +1,16 @@
-"""Kind `shards`: a source in a tokenizer's ids, as Megatron's .bin/.idx, split into train, valid and test.
+"""Kind `shards`: a source, or a part of one, in a tokenizer's ids, as Megatron's .bin/.idx.
 
-The format is that of megatron.core.datasets.indexed_dataset (version 1, not multimodal), written in one pass with
-numpy. `.bin` is the ids of all documents one after the other; `.idx`, little endian:
+A shard is a run of units of its source. Each has a receipt, NNNNN.json, renamed into place last: what an interrupted
+job finished has one and is kept, the rest is made again, to the same bytes.
+
+    00007.train.bin/.idx           documents in the order of the source
+    00007.pool.bin/.idx/.hashes    those with the smallest hashes, apart, of which `merge` takes valid and test;
+                                   .hashes is xxh3_64 of each text, uint64, little endian
+    00007.json                     what was counted, and these files with sizes and digests
+
+What would have no documents is not written. The format of .bin and .idx is that of
+megatron.core.datasets.indexed_dataset (version 1, not multimodal). `.bin` is the ids of all documents one after the
+other; `.idx`, little endian:
 
     9 bytes   MMIDIDX, 0, 0
     uint64    1, the version
@@ -13,21 +22,37 @@ numpy. `.bin` is the ids of all documents one after the other; `.idx`, little en
     int64[]   first sequence of each document, and the end
 """
 
-import re
+import json
+import math
+import os
 import struct
-from array import array
-from collections.abc import Callable, Iterator
-from itertools import batched
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from blake3 import blake3
+from xxhash import xxh3_64_intdigest
 
-from nemoflow.data.rows import SPLITS, Broken, Split, read, shards_of, text_of
-from nemoflow.data.tokenizer import Trained, load
+from nemoflow.data.encode import ENGINES, Encoder, Sample
+from nemoflow.data.made import Made
+from nemoflow.data.processes import Speed, in_processes
+from nemoflow.data.rows import Broken, Texts, texts
+from nemoflow.data.sources import Source, open_source
+from nemoflow.data.tokenizer import load
 from nemoflow.errors import NemoflowError
 
-_BATCH = 1000
-"""Documents encoded at once: enough to keep the encoder busy, and all that is held in memory."""
+RESUMES = True
+"""The directory given to `make` may hold what an interrupted attempt finished."""
+
+_HEADER = struct.Struct("<9sQBQQ")
+_LONGEST = 2**31 - 1
+"""Ids in the longest sequence an .idx can tell."""
+
+_STEP = 1 << 20
+"""Numbers taken at once from an index that is as long as there are documents."""
 
 
 def id_type(vocab_size: int) -> np.dtype:
@@ -35,104 +60,309 @@ def id_type(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
+class HashedFile:
+    """A file that comes into being whole: written under a temporary name, its digest taken while it is written."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = self._temporary.open("wb", 0)
+        self._digest = blake3()
+        self._size = 0
+
+    def write(self, data: Any) -> None:
+        """Append a buffer."""
+        rest = memoryview(data).cast("B")
+        self._digest.update(rest)
+        self._size += len(rest)
+        while rest:  # one call writes 2 GiB at most
+            rest = rest[self._file.write(rest) :]
+
+    def finish(self) -> dict:
+        """Put the file in its place, on the disk; returns {"name", "size" in bytes, "blake3"}."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+        return {"name": self._path.name, "size": self._size, "blake3": self._digest.hexdigest()}
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self._temporary.unlink()
+
+
 class IndexedWriter:
-    """Writes PREFIX.bin as documents come and PREFIX.idx at the end; holds four bytes a document in memory."""
+    """Writes PREFIX.bin, and PREFIX.idx at the end, in bounded memory: the index grows on the disk."""
 
     def __init__(self, prefix: Path, dtype: np.dtype):
-        self._prefix = prefix
         self._dtype = dtype
-        self._bin = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115 (closed by finish)
-        self._lengths = array("i")
-        self.tokens = 0
+        self._index = Path(f"{prefix}.idx")
+        self._bin = HashedFile(Path(f"{prefix}.bin"))
+        self._lengths_path = self._index.with_name(f"{self._index.name}.{os.getpid()}.lengths.tmp")
+        self._lengths = self._lengths_path.open("w+b")
+        self.documents = self.tokens = 0
 
-    @property
-    def documents(self) -> int:
-        """Documents written so far."""
-        return len(self._lengths)
-
-    def add(self, ids: list[int]) -> None:
-        """Append one document of at least one token."""
-        self._bin.write(np.asarray(ids, dtype=self._dtype).tobytes())
-        self._lengths.append(len(ids))
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their ids one after the other, of an integer type, and how many each has, at least one."""
+        if self._dtype.itemsize == 4 and ids.dtype.itemsize == 4:
+            ids = ids.view("<i4")
+        self._bin.write(np.ascontiguousarray(ids, dtype=self._dtype))
+        self._lengths.write(np.ascontiguousarray(lengths, dtype="<i4"))
+        self.documents += len(lengths)
         self.tokens += len(ids)
 
-    def finish(self) -> None:
-        """Write the index and close; without any document, leave no files, since Megatron refuses empty ones."""
-        self._bin.close()
-        if not self._lengths:
-            Path(f"{self._prefix}.bin").unlink()
-            return
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype="<i8", out=offsets[1:])
-        with Path(f"{self._prefix}.idx").open("wb") as index:
-            code = {"<u2": 8, "<i4": 4}[self._dtype.str]
-            index.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1))
-            index.write(lengths.astype("<i4").tobytes())
-            index.write((offsets * self._dtype.itemsize).tobytes())
-            index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+    def finish(self) -> list[dict]:
+        """Write the index; returns the files as HashedFile.finish does. Without documents there are none."""
+        if not self.documents:
+            self.discard()
+            return []
+        index = HashedFile(self._index)
+        code = {"<u2": 8, "<i4": 4}[self._dtype.str]
+        index.write(_HEADER.pack(b"MMIDIDX\x00\x00", 1, code, self.documents, self.documents + 1))
+        for lengths in self._stored():
+            index.write(lengths)
+        offset = 0
+        for lengths in self._stored():
+            ends = np.cumsum(lengths, dtype="<i8") + offset
+            index.write((ends - lengths) * self._dtype.itemsize)
+            offset = int(ends[-1])
+        for first in range(0, self.documents + 1, _STEP):
+            index.write(np.arange(first, min(first + _STEP, self.documents + 1), dtype="<i8"))
+        self._lengths.close()
+        self._lengths_path.unlink()
+        return [self._bin.finish(), index.finish()]
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._bin.discard()
+        self._lengths.close()
+        self._lengths_path.unlink()
+
+    def _stored(self) -> Iterator[np.ndarray]:
+        self._lengths.seek(0)
+        while part := self._lengths.read(4 * _STEP):
+            yield np.frombuffer(part, "<i4")
 
 
-def _texts(shard: Path, field: str, broken: Broken) -> Iterator[str]:
-    for place, _, row in read(shard, broken):
-        try:
-            yield text_of(row, field)
-        except ValueError as error:
-            broken.add(str(error), place)
+class _Part:
+    """One of a shard's two halves, train and pool."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype, hashes: bool):
+        self.writer = IndexedWriter(prefix, dtype)
+        self._hashes = HashedFile(Path(f"{prefix}.hashes")) if hashes else None
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> None:
+        if len(lengths):
+            self.writer.add(ids, lengths)
+            if self._hashes:
+                self._hashes.write(hashes.astype("<u8"))
+
+    def finish(self) -> list[dict]:
+        files = self.writer.finish()
+        if self._hashes and files:
+            files.append(self._hashes.finish())
+        elif self._hashes:
+            self._hashes.discard()
+        return files
 
 
-def plain_text_encoder(tokenizer: Trained) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to their ids in which no text becomes a control token: "</s>" in a document is spelled."""
-    engine = load(tokenizer.directory).engine
-    engine.encode_special_tokens = True
-    return lambda texts: [e.ids for e in engine.encode_batch_fast(texts, add_special_tokens=False)]
+class _Work:
+    """What the shards of a job have in common, and how one is made."""
+
+    def __init__(self, payload: dict, source: Source, encoder: Encoder, dtype: np.dtype, out: Path):
+        self._payload, self._source, self._encoder, self._dtype, self._out = payload, source, encoder, dtype, out
+        self._pool_below = math.ceil(Fraction(payload["pool"]) * 2**64)
+
+    def make(self, number: int, count: Callable[[int, int, int], None]) -> None:
+        """Write one shard, and its receipt. `count` is told of documents, bytes and tokens as they are written.
+
+        Raises NemoflowError as the module's `make` does.
+        """
+        units = [tuple(unit) for unit in self._payload["shards"][number - self._payload["first"]]]
+        stem = self._out / f"{number:05d}"
+        parts = _Part(Path(f"{stem}.train"), self._dtype, False), _Part(Path(f"{stem}.pool"), self._dtype, True)
+        sample = Sample()
+        dropped: Counter[str] = Counter()
+        first_dropped = None
+        histogram = np.zeros(32, np.int64)
+        rows = size = spelled = by_reference = 0
+        for batch in texts(self._source, units, self._payload["text_field"]):
+            rows += len(batch.texts) + len(batch.dropped)
+            for row, reason in batch.dropped:
+                first_dropped = first_dropped or [batch.file, row, reason]
+                dropped[reason] += 1
+            if not batch.texts:
+                continue
+            encoded = self._encoder.encode(batch.texts)
+            self._check_lengths(encoded.lengths, batch)
+            hashes = np.fromiter(map(xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
+            sample.add(batch.texts, hashes, encoded, lambda i, batch=batch: (batch.file, batch.rows[i]))
+            for part, own in zip(parts, self._divided(encoded.ids, encoded.lengths, hashes), strict=True):
+                part.add(*own)
+            histogram += np.bincount(np.frexp(encoded.lengths)[1] - 1, minlength=32)
+            texts_size = sum(map(len, batch.texts))
+            size += texts_size
+            spelled += len(encoded.spelled)
+            by_reference += len(encoded.by_reference)
+            count(len(batch.texts), texts_size, len(encoded.ids))
+        if self._encoder.engine != "tokenizers" and (place := sample.differing(self._encoder)):
+            raise NemoflowError(
+                f"{self._source.place(*place)}: {self._encoder.engine} gives this document other ids than tokenizers "
+                "does; set tokenizer.engine: tokenizers, and tell the makers"
+            )
+        files = [file for part in parts for file in part.finish()]
+        _sync(self._out)
+        receipt = {
+            "shard": number,
+            "rows": rows,
+            "documents": sum(part.writer.documents for part in parts),
+            "tokens": sum(part.writer.tokens for part in parts),
+            "bytes": size,
+            "dropped": dict(sorted(dropped.items())),
+            "first_dropped": first_dropped,
+            "control_strings": spelled,
+            "by_reference": by_reference,
+            "lengths": histogram.tolist(),
+            **{
+                name: {"documents": part.writer.documents, "tokens": part.writer.tokens}
+                for name, part in zip(("train", "pool"), parts, strict=True)
+            },
+            "files": files,
+        }
+        file = HashedFile(_receipt_path(self._out, number))
+        file.write((json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode())
+        file.finish()
+
+    def _check_lengths(self, lengths: np.ndarray, batch: Texts) -> None:
+        if lengths.max() > _LONGEST:
+            raise NemoflowError(
+                f"{self._source.place(batch.file, batch.rows[int(lengths.argmax())])}: {lengths.max():,} tokens in one "
+                f"document, of which Megatron's index can tell {_LONGEST:,}; divide it"
+            )
+        if not lengths.min():
+            raise NemoflowError(
+                f"{self._source.place(batch.file, batch.rows[int(lengths.argmin())])}: not one token in this document, "
+                "which Megatron's index cannot hold; set append_eod: true"
+            )
+
+    def _divided(self, ids: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> Iterator[tuple]:
+        """(ids, lengths, hashes) of a batch's documents that belong to train, then of those that belong to the pool."""
+        nothing = ids[:0], lengths[:0], hashes[:0]
+        pooled = hashes <= np.uint64(self._pool_below - 1) if self._pool_below else np.zeros(len(hashes), bool)
+        if not pooled.any():
+            yield from ((ids, lengths, hashes), nothing)
+        elif pooled.all():
+            yield from (nothing, (ids, lengths, hashes))
+        else:
+            runs = np.flatnonzero(np.diff(pooled)) + 1
+            pieces = np.split(ids, np.cumsum(lengths)[runs - 1])
+            for part in (False, True):
+                of = pooled == part
+                yield np.concatenate(pieces[int(pooled[0] != part) :: 2]), lengths[of], hashes[of]
 
 
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
-    """Write SHARD.SPLIT.bin and .idx for each shard of inputs["source"], with inputs["tokenizer"].
+def _sync(directory: Path) -> None:
+    """Make sure that the names in a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
-    `payload` is {"valid", "test": shares as exact fractions, "text_field", "append_eod", "max_broken"}. A document's
-    split depends on its text alone. A split without documents is not written.
 
-    Returns {"eod", "dtype", "vocab_size", "prefixes": {split: [{"prefix", "documents", "tokens"}]}, "documents",
-    "tokens": both of train, "broken": rows left out by reason, "control_strings": documents that spell a control
-    token}.
+def _receipt_path(out: Path, number: int) -> Path:
+    return out / f"{number:05d}.json"
 
-    Raises NemoflowError when more than `max_broken` of the rows cannot be used, or none can.
+
+def _receipt(out: Path, number: int) -> dict | None:
+    """The receipt of a finished shard whose files are all there."""
+    try:
+        receipt = json.loads(_receipt_path(out, number).read_bytes())
+        whole = all((out / file["name"]).stat().st_size == file["size"] for file in receipt["files"])
+    except (OSError, ValueError):
+        return None
+    return receipt if whole else None
+
+
+def _remove_all_but(out: Path, receipts: Iterable[dict]) -> None:
+    """Remove what belongs to no finished shard."""
+    keep = {file["name"] for receipt in receipts for file in receipt["files"]}
+    keep.update(_receipt_path(out, receipt["shard"]).name for receipt in receipts)
+    for path in out.iterdir():
+        if path.name not in keep:
+            path.unlink()
+
+
+def _broken(source: Source, receipt: dict) -> Broken:
+    """The dropped rows of a shard."""
+    broken = Broken()
+    broken.reasons = dict(receipt["dropped"])
+    if receipt["first_dropped"]:
+        file, row, reason = receipt["first_dropped"]
+        broken.first = f"shard {receipt['shard']}: {source.place(file, row)}: {reason}"
+    return broken
+
+
+def check_dropped(source: Source, receipts: Iterable[dict], max_broken: str) -> None:
+    """Raise NemoflowError naming the worst shard when in one a larger share of the rows than `max_broken` was dropped.
+
+    receipts: measures of shards, with "dropped", "first_dropped" and "rows".
     """
-    tokenizer = load(inputs["tokenizer"])
-    encode = plain_text_encoder(tokenizer)
+    worst = max(receipts, key=lambda r: Fraction(sum(r["dropped"].values()), max(r["rows"], 1)), default=None)
+    if worst:
+        _broken(source, worst).check(worst["rows"], max_broken)
+
+
+def make(
+    payload: dict,
+    inputs: dict,
+    out: Path,
+    progress: Callable[[str], None],
+    threads: int = 1,
+    launch: dict | None = None,
+) -> Made:
+    """Write the shards of a job, in up to `threads` processes; those that `out` holds finished are kept.
+
+    `payload` is {"text_field", "append_eod", "control_strings": "plain" or "control", "max_broken", "pool": share of
+    the documents that go to the pool, an exact fraction, "first": number of the first shard, "shards": [[unit, ...],
+    ...]}; inputs are "source" and "tokenizer"; `launch` may name the "engine". Bytes depend on none but payload and
+    inputs.
+
+    Returns as measures {"eod", "dtype", "vocab_size", "shards": [{"shard", "rows", "documents", "tokens", "bytes" of
+    text, "dropped": rows left out by reason, "first_dropped": [file, row, reason] or null, "control_strings":
+    documents that spell a control token, "by_reference": those encoded by the reference, "lengths": how many have
+    2**k tokens or more but not 2**(k + 1), for k from 0 to 31, "train", "pool": {"documents", "tokens"}}]}.
+
+    Raises NemoflowError when a file cannot be read, when in a shard more than `max_broken` of the rows cannot be used,
+    and when the engine is found to differ from the reference.
+    """
+    source, tokenizer = open_source(inputs["source"]), load(inputs["tokenizer"])
+    numbers = range(payload["first"], payload["first"] + len(payload["shards"]))
+    receipts = {n: found for n in numbers if (found := _receipt(out, n))}
+    _remove_all_but(out, receipts.values())
+    todo = [n for n in numbers if n not in receipts]
     dtype = id_type(tokenizer.vocab_size)
-    control = re.compile("|".join(map(re.escape, tokenizer.control_strings)) or r"(?!)")
-    split = Split(payload["valid"], payload["test"])
-    end = [tokenizer.eod] if payload["append_eod"] else []
-    broken, spelled, used = Broken(), 0, 0
-    prefixes: dict[str, list[dict]] = {name: [] for name in SPLITS}
-    for shard in shards_of(inputs["source"]):
-        writers = {name: IndexedWriter(out / f"{shard.stem}.{name}", dtype) for name in SPLITS}
-        for texts in batched(_texts(shard, payload["text_field"], broken), _BATCH):
-            for text, ids in zip(texts, encode(list(texts)), strict=True):
-                writers[split.of(text.encode())].add(ids + end)
-                spelled += control.search(text) is not None
-            used += len(texts)
-        for name, writer in writers.items():
-            writer.finish()
-            if writer.documents:
-                entry = {"prefix": f"{shard.stem}.{name}", "documents": writer.documents, "tokens": writer.tokens}
-                prefixes[name].append(entry)
-        progress(f"{shard.stem}: {used:,} documents so far")
-    broken.check(used + broken.count, payload["max_broken"])
-    if not prefixes["train"]:
-        raise NemoflowError(
-            f"{inputs['source']}: {used} usable documents, none in the train split; the corpus is empty"
-        )
-    return {
+    if todo:
+        engine = (launch or {}).get("engine", ENGINES[0])
+        end = tokenizer.eod if payload["append_eod"] else None
+        encoder = Encoder(tokenizer, engine, payload["control_strings"], end, progress)
+        work = _Work(payload, source, encoder, dtype, out)
+        try:
+            for n in in_processes(work.make, todo, threads, Speed(progress, len(numbers), len(receipts))):
+                receipts[n] = _receipt(out, n)
+                check_dropped(source, receipts.values(), payload["max_broken"])
+        except BaseException:
+            _remove_all_but(out, receipts.values())  # it may be what filled the disk
+            raise
+    check_dropped(source, receipts.values(), payload["max_broken"])
+    contents = []
+    for number in numbers:
+        path = _receipt_path(out, number)
+        content = path.read_bytes()
+        contents += receipts[number].pop("files")
+        contents.append({"name": path.name, "size": len(content), "blake3": blake3(content).hexdigest()})
+    measures = {
         "eod": tokenizer.eod,
         "dtype": dtype.name,
         "vocab_size": tokenizer.vocab_size,
-        "prefixes": prefixes,
-        "documents": sum(entry["documents"] for entry in prefixes["train"]),
-        "tokens": sum(entry["tokens"] for entry in prefixes["train"]),
-        "broken": broken.measures(),
-        "control_strings": spelled,
+        "shards": [receipts[number] for number in numbers],
     }
+    return Made(measures, sorted(contents, key=lambda file: file["name"]))

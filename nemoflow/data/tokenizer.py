@@ -15,8 +15,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nemoflow.data.local import check_file
-from nemoflow.data.rows import Broken, read, shards_of
+from nemoflow.data.rows import Broken, read
+from nemoflow.data.sources import open_source
 from nemoflow.errors import NemoflowError
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
@@ -102,21 +102,21 @@ def load(directory: Path) -> Trained:
     return Trained(directory, engine, config)
 
 
-def texts_of(row: dict) -> list[str]:
-    """Every text in a row: its "text", the contents of its chat "messages", or of its RL prompt."""
+def texts_of(row: dict, field: str = "text") -> list[str]:
+    """Every text in a row: what is in `field`, the contents of its chat "messages", or of its RL prompt."""
     parameters = row.get("responses_create_params")
     messages = row.get("messages") or (parameters.get("input") if isinstance(parameters, dict) else None)
-    found = [row.get("text")]
+    found = [row.get(field)]
     if isinstance(messages, list):
         found += [message.get("content") for message in messages if isinstance(message, dict)]
     return [text for text in found if isinstance(text, str) and not _SURROGATE.search(text)]
 
 
-def _corpus(sources: list[Path], broken: Broken) -> Iterator[str]:
-    for source in sources:
-        for shard in shards_of(source):
-            for _, _, row in read(shard, broken):
-                yield from texts_of(row)
+def _corpus(sources: list[Path], fields: list[str], broken: Broken) -> Iterator[str]:
+    for directory, field in zip(sources, fields, strict=True):
+        source = open_source(directory)
+        for _, _, row in read(source, source.units(), broken):
+            yield from texts_of(row, field)
 
 
 def _train(payload: dict, sources: list[Path], progress: Callable[[str], None]) -> tuple[Tokenizer, dict]:
@@ -136,7 +136,7 @@ def _train(payload: dict, sources: list[Path], progress: Callable[[str], None]) 
     seen: dict[str, Any] = {"documents": 0, "bytes": 0}
 
     def counted() -> Iterator[str]:
-        for text in _corpus(sources, broken):
+        for text in _corpus(sources, payload.get("fields") or ["text"] * len(sources), broken):
             seen["documents"] += 1
             seen["bytes"] += len(text.encode())
             yield text
@@ -156,16 +156,24 @@ def _train(payload: dict, sources: list[Path], progress: Callable[[str], None]) 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which AutoTokenizer.from_pretrained reads.
 
-    `payload` is {"vocab_size", "chat_template": name of a template} with inputs["sources"] to train on, or {"files":
-    [{"size", "sha256"}]} with inputs["files"], which are verified and copied.
+    `payload` is {"vocab_size", "chat_template": name of a template, "fields": where the text is in each source, "text"
+    by default} with inputs["sources"] to train on; or {"files": [{"size", "sha256"}]} with inputs["files"], which are
+    verified and copied; or what `download.fetch` takes, for a tokenizer of the hub.
 
     Returns {"vocab_size", "eod", "pad", "control_strings"} and for a trained one "trained_on": {"documents",
     "bytes", "broken": lines that are no JSON object, by reason}.
 
-    Raises NemoflowError when the sources are too small for the vocabulary or no tokenizer is in the files.
+    Raises NemoflowError when the sources are too small for the vocabulary, no tokenizer is in the files, or they cannot
+    be had.
     """
     measures = {}
-    if "files" in payload:
+    if "hub" in payload:
+        from nemoflow.data.download import fetch  # not for shard jobs, which read this module for `load`
+
+        fetch(payload, out, progress)
+    elif "files" in payload:
+        from nemoflow.data.local import check_file
+
         for entry, path in zip(payload["files"], inputs["files"], strict=True):
             check_file(entry, path)
             shutil.copyfile(path, out / path.name)
