@@ -151,15 +151,25 @@ def _patiently(ask: Callable[[], Any]) -> Any:
 def commit(repo: str, revision: str | None, kind: Kind = "dataset") -> str:
     """The commit that a branch, tag or commit (the main branch for None) of a repository is today.
 
-    Raises NemoflowError for a repository that is missing, gated or private, or has no such revision.
+    Raises NemoflowError for a repository that is missing, has no such revision, or is gated or private and not for this
+    account.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_hf_file_metadata
+    from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
+
+    def names(sha: str) -> Iterator[str]:
+        for entry in api.list_repo_tree(repo, repo_type=kind, revision=sha, recursive=True):
+            if isinstance(entry, RepoFile) and entry.path not in ("README.md", ".gitattributes"):
+                yield entry.path
+
     with _explained(repo, kind, revision):
-        found = _patiently(lambda: api.repo_info(repo, repo_type=kind, revision=revision, expand=["sha"]))
-        _patiently(lambda: api.auth_check(repo, repo_type=kind))  # what is gated shows its names to all, its files not
-        return found.sha
+        sha = _patiently(lambda: api.repo_info(repo, repo_type=kind, revision=revision, expand=["sha"])).sha
+        # What is gated shows its card and the names of its files to everyone: ask for a file, as a download would
+        if example := _patiently(lambda: next(names(sha), None)):
+            _patiently(lambda: get_hf_file_metadata(_url(repo, kind, sha, example)))
+        return sha
 
 
 def resolve(repo: str, config: str | None, split: str, commit: str) -> Resolved:

@@ -218,10 +218,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def api(self, kind: str, parts: list[str], query: dict) -> None:
             name, action, rest = "/".join(parts[:2]), (parts[2:3] or ["revision"])[0], [unquote(p) for p in parts[3:]]
             repository = self.repository(kind, name)
-            if action == "auth-check":
-                self.readable(repository)
-                self.answer(200, b"{}")
-                return
             commit, files = self.files(repository, rest[0] if rest else "main")
             match action:
                 case "revision":

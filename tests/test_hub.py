@@ -141,7 +141,8 @@ def test_what_the_hub_does_not_give_is_a_line_that_says_what_to_do(hub, tmp_path
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             env = {"HF_ENDPOINT": f"http://127.0.0.1:{free.getsockname()[1]}"}
-    (error,) = hub.run(f"hub.commit({repo!r}, {revision!r})", tmp_path, token, **env)
+    code = f"hub.resolve({repo!r}, '4plus', 'train', hub.commit({repo!r}, {revision!r}))"
+    (error,) = hub.run(code, tmp_path, token, **env)
     assert re.search(message, error), error
     assert "\n" not in error
 
@@ -187,6 +188,8 @@ def test_a_token_opens_what_is_gated_and_is_shown_to_no_other_host(hub, tmp_path
 def test_tokenizers(hub, tmp_path):
     whole = {"tokenizer.json": lines("tokenizer"), "tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ x }}"}
     hub.models["org/model"].commit(whole | {"model.safetensors": lines("weights"), "config.json": b"{}"})
+    hub.models["org/gated"].commit(whole)
+    hub.models["org/gated"].gated = True
     hub.models["org/slow"].commit({"tokenizer_config.json": b"{}", "vocab.json": b"{}"})
     code = """
         commit = hub.commit("org/model", "main", "model")
@@ -201,6 +204,8 @@ def test_tokenizers(hub, tmp_path):
     assert [(f["path"], f["size"]) for f in found["files"]] == [(path, len(data)) for path, data in whole.items()]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
     assert "hf://org/slow: has no tokenizer.json" in error
+    (error,) = hub.run("hub.resolve_tokenizer('org/gated', hub.commit('org/gated', None, 'model'))", tmp_path)
+    assert re.search("hf://org/gated: is gated: accept its terms on http://127.0.0.1:[0-9]+/org/gated, then", error)
 
 
 def test_row_groups_are_known_from_the_footer_alone(hub, tmp_path):

@@ -128,6 +128,17 @@ def test_a_file_that_always_comes_corrupted_is_an_error_and_the_others_are_kept(
     assert dict(hub.served) == {"data/part-4.jsonl": PATHS["data/part-4.jsonl"]}
 
 
+@pytest.mark.parametrize("begun", [b"other bytes", b"\0" * 600_000])
+def test_a_beginning_that_is_wrong_costs_the_whole_file_and_nothing_else(hub, tmp_path, begun):
+    wanted = write_payload(hub, tmp_path)
+    (tmp_path / "out/files").mkdir(parents=True)
+    (tmp_path / "out/files/.00000.jsonl.part").write_bytes(begun)
+    make(hub, tmp_path)
+    assert there(tmp_path) == wanted
+    kept = len(begun) if len(begun) < 500_000 else 500_000
+    assert hub.served["data/part-0.jsonl"] == 500_000 + 500_000 - kept
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_errors_of_the_hub_end_the_job_with_one_line(hub, tmp_path, offline):
     write_payload(hub, tmp_path)
