@@ -2,29 +2,33 @@
 
 Engines, by the name in a recipe's `tokenizer.engine`; ids are the same, so the choice is no part of an identity:
 
-    gigatoken    the default. Made for one thing, byte-level BPE at the speed of memory, and what Megatron-LM's own
-                 fast preprocessing uses. Young, hence everything below.
-    tokenizers   the reference: the library that trained tokenizers are published for. Some 70 times slower.
+    gigatoken    the default. Byte-level BPE at the speed of memory; what Megatron-LM's own fast preprocessing uses.
+                 Young, hence everything below.
+    tokenizers   the reference: the library that tokenizers are published for. Some 70 times slower.
 
 What keeps gigatoken exact:
   * Before use, both engines read a probe of numbers, blanks, scripts and control tokens. Where they differ, or
     gigatoken cannot load the tokenizer, the reference does the work, and says so.
   * It knows a later Unicode than the reference, in which 4,699 more code points are letters or marks. Documents with
     one of these go to the reference (found by comparing both over all of Unicode; a test does it again).
-  * Documents that spell a control token go to the reference too, told to take it as text; unless that is wanted.
+  * A document that spells a control token is found by the id, and encoded again without that token. A second
+    gigatoken that knows none does this; the reference, while there are few of them.
   * Whoever uses it has a sample of each shard read by both (`Sample`).
 
-Its cache of words grows without bound; `Encoder` starts a new one when it has grown by _CACHE_BYTES.
+The reference is also quicker for less text than takes as long as to load gigatoken. gigatoken's cache of words grows
+without bound; `Encoder` starts a new one when it has grown by _CACHE_BYTES.
 """
 
 import heapq
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from nemoflow.data.tokenizer import Trained
@@ -33,8 +37,12 @@ from nemoflow.errors import NemoflowError
 ENGINES = ("gigatoken", "tokenizers")
 """Names of the engines; the first is the default."""
 
-_CACHE_BYTES = 128 << 20
-"""Memory that a fast engine may gain while it works. Real text takes hours to get there, noise a second."""
+_LOADING = 1 << 20
+"""Bytes of text that the reference encodes in the time it takes to load gigatoken: 0.4 s for 131,072 ids."""
+
+_CACHE_BYTES = 96 << 20
+"""Memory that gigatoken's cache may gain while it works. It takes gigabytes of real text to get there, or 20 MB of
+noise."""
 
 _NEWER_LETTERS = (
     *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0xA7CE, 0xA7CF)),
@@ -67,7 +75,7 @@ class Encoded(NamedTuple):
 
     ids: of all texts one after the other, uint32 or int32, each followed by the id that ends a document when one is
     asked for. lengths: ids of each text, with that one, int64. spelled: numbers of the texts that spell a control
-    token. by_reference: of those that only the reference is trusted with; the same whatever the engine.
+    token. by_reference: of those that only the reference is trusted with. Both are the same whatever the engine.
     """
 
     ids: np.ndarray
@@ -114,12 +122,49 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
     return np.cumsum(lengths, dtype=np.int64)
 
 
+class _Gigatoken:
+    """gigatoken with one tokenizer, held against the reference, and started anew when its cache has grown.
+
+    `control` says whether it is to know control tokens; `expected` is texts and their ids by the reference.
+
+    Raises NemoflowError with the reason when it cannot be used.
+    """
+
+    def __init__(self, tokenizer: Trained, control: bool, expected: dict[bytes, np.ndarray]):
+        self._path = tokenizer.directory / "tokenizer.json"
+        self._control = control
+        try:
+            self._load()
+        except Exception as error:  # a young library: whatever it raises, the reference can do the work
+            raise NemoflowError(f"cannot load this tokenizer ({' '.join(str(error).split())})") from None
+        if not all(np.array_equal(self.encode(text), ids) for text, ids in expected.items()):
+            raise NemoflowError("gives other ids than tokenizers on the probe text")
+
+    def _load(self) -> None:
+        from gigatoken.gigatoken_rs import load_hf_json  # the package's own classes bring awkward arrays: 0.4 s
+
+        content = self._path.read_bytes()
+        if not self._control:
+            parts = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+            added = [token for token in msgspec.json.decode(parts["added_tokens"]) if not token["special"]]
+            content = msgspec.json.encode({**parts, "added_tokens": added})
+        self._engine: Any = None  # first, so that there are never two
+        self._engine = load_hf_json(content)
+        self.encode = self._engine.encode  # from UTF-8 to an array of uint32
+        self._began = _resident()
+
+    def bound(self) -> None:
+        """Forget the cache when it has become large."""
+        if _resident() - self._began > _CACHE_BYTES:
+            self._load()
+
+
 class Encoder:
     """Encodes batches of texts with a tokenizer.
 
     `engine` is one of ENGINES; `control` says whether text that spells a control token becomes it ("control") or stays
     text ("plain"); `end` is the id to append to each text, if any. `progress` is told when the engine is not the one
-    asked for. `engine` is then the name of the one in use.
+    asked for; `engine` is then the one in use.
     """
 
     def __init__(
@@ -145,24 +190,31 @@ class Encoder:
         self._is_control[list(self._control)] = True
         self._separator_id = tokenizer.eod if end is None else end
         self._separator = _separator(self._separator_id, added)
-        if engine == "gigatoken" and (why := self._start()):
-            progress(f"tokenizer.engine: gigatoken {why}; using tokenizers, which is much slower")
-            self.engine = "tokenizers"
+        self._fast: _Gigatoken | None = None
+        self._fast_plain: _Gigatoken | None = None
+        self._spelled_bytes = 0
+        if engine == "gigatoken":
+            try:
+                self._start()
+            except NemoflowError as error:
+                progress(f"tokenizer.engine: gigatoken {error}; using tokenizers, which is much slower")
+                self.engine = "tokenizers"
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """The ids of texts in UTF-8. A few MB at a time are best."""
-        if self.engine == "tokenizers":
-            ids, lengths, spelled = self._one_by_one(texts, lambda t: self._by_reference(t, plain=False))
+        """The ids of texts in UTF-8. About a MB at a time is best."""
+        if not self._fast:
+            ids, lengths, spelled = self._one_by_one(texts, lambda text: self._by_reference(text, plain=False))
         elif self._separator:
             ids, lengths, spelled = self._joined(texts)
         else:
             ids, lengths, spelled = self._one_by_one(texts, self._fast.encode)
-        apart = {number for number, text in enumerate(texts) if has_newer_letters(text)}
-        by_reference = sorted(apart.union(spelled) if self._plain else apart)
-        if by_reference:
-            ids, lengths = self._replaced(ids, lengths, {n: self.reference(texts[n]) for n in by_reference})
-        if self.engine != "tokenizers" and _resident() - self._began > _CACHE_BYTES:
-            self._load()
+        by_reference = [number for number, text in enumerate(texts) if has_newer_letters(text)]
+        instead = {number: self._as_text(texts[number]) for number in spelled} if self._plain else {}
+        instead |= {number: self.reference(texts[number]) for number in by_reference}
+        if instead:
+            ids, lengths = _replaced(ids, lengths, dict(sorted(instead.items())))
+        for fast in filter(None, (self._fast, self._fast_plain)):
+            fast.bound()
         return Encoded(ids, lengths, spelled, by_reference)
 
     def reference(self, text: bytes) -> np.ndarray:
@@ -175,33 +227,32 @@ class Encoder:
         [encoding] = engine.encode_batch_fast([text.decode()], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32)
 
+    def _as_text(self, text: bytes) -> np.ndarray:
+        """The ids of a text in which control tokens are spelled, and the end."""
+        self._spelled_bytes += len(text)
+        if self._fast and not self._fast_plain and self._spelled_bytes > _LOADING:
+            try:
+                self._fast_plain = _Gigatoken(self._tokenizer, False, self._expected(plain=True))
+            except NemoflowError:
+                self._spelled_bytes = -sys.maxsize  # the reference goes on
+        return self._ended(self._fast_plain.encode(text)) if self._fast_plain else self.reference(text)
+
     def _ended(self, ids: np.ndarray) -> np.ndarray:
         return ids if self._end is None else np.append(ids, np.uint32(self._end))
 
-    def _load(self) -> None:
-        from gigatoken.gigatoken_rs import load_hf_json  # the package's own classes bring awkward arrays: 0.4 s
+    def _expected(self, plain: bool) -> dict[bytes, np.ndarray]:
+        """The probe, and some control tokens in it, by the reference."""
+        texts = [*_PROBE, *(f"a{token} b {token}\n{token}{token}1" for token in list(self._control.values())[:20])]
+        return {text.encode(): self._by_reference(text.encode(), plain) for text in texts}
 
-        self._fast: Any = None  # first, so that there are never two
-        self._fast = load_hf_json((self._tokenizer.directory / "tokenizer.json").read_bytes())
-        self._began = _resident()
-
-    def _start(self) -> str:
-        """Load the fast engine and compare it with the reference on the probe; why it cannot be used, if so."""
-        try:
-            self._load()
-        except Exception as error:  # a young library: whatever it raises, the reference can do it
-            return f"cannot load this tokenizer ({' '.join(str(error).split())})"
-        texts = [text.encode() for text in _PROBE]
-        for content in list(self._control.values())[:20]:
-            texts.append(f"a{content} b {content}\n{content}{content}1".encode())
-        expected = [self._by_reference(text, plain=False) for text in texts]
-        for joined in (True, False) if self._separator else (False,):
-            ids, lengths, _ = self._joined(texts) if joined else self._one_by_one(texts, self._fast.encode)
-            wanted = [self._ended(e) for e in expected]
-            if np.array_equal(lengths, [len(w) for w in wanted]) and np.array_equal(ids, np.concatenate(wanted)):
-                return ""
-            self._separator = b""
-        return "gives other ids than tokenizers on the probe text"
+    def _start(self) -> None:
+        expected = self._expected(plain=False)
+        self._fast = _Gigatoken(self._tokenizer, True, expected)
+        if self._separator:  # the beginning of a text may be special to a tokenizer
+            ids, lengths, _ = self._joined(list(expected))
+            wanted = [self._ended(ids) for ids in expected.values()]
+            if [len(w) for w in wanted] != lengths.tolist() or not np.array_equal(ids, np.concatenate(wanted)):
+                self._separator = b""
 
     def _joined(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """All texts in one call, each followed by the end-of-document token as text, which is found among the ids."""
@@ -237,19 +288,17 @@ class Encoder:
         at = np.flatnonzero(ids - self._low <= self._span)
         return at[self._is_control[ids[at]]]
 
-    @staticmethod
-    def _replaced(
-        ids: np.ndarray, lengths: np.ndarray, instead: dict[int, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The batch with the ids of some texts, by number, replaced."""
-        ends = _ends(lengths)
-        pieces, done = [], 0
-        for number, own in instead.items():
-            pieces += [ids[done : ends[number] - lengths[number]], own]
-            done = ends[number]
-        lengths = lengths.copy()
-        lengths[list(instead)] = [len(own) for own in instead.values()]
-        return np.concatenate([*pieces, ids[done:]]), lengths
+
+def _replaced(ids: np.ndarray, lengths: np.ndarray, instead: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A batch with the ids of some texts, by number in ascending order, replaced."""
+    ends = _ends(lengths)
+    pieces, done = [], 0
+    for number, own in instead.items():
+        pieces += [ids[done : ends[number] - lengths[number]], own]
+        done = ends[number]
+    lengths = lengths.copy()
+    lengths[list(instead)] = [len(own) for own in instead.values()]
+    return np.concatenate([*pieces, ids[done:]]), lengths
 
 
 def _separator(number: int, added: dict[int, Any]) -> bytes:

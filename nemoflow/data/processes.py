@@ -5,12 +5,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemoflow.errors import NemoflowError
 from nemoflow.progress import EVERY, duration, human
+
+if TYPE_CHECKING:  # not for those who need one process only
+    from multiprocessing.connection import Connection
 
 _PR_SET_PDEATHSIG = 1
 
@@ -124,7 +127,7 @@ def _in_forks(work: Callable, pieces: Sequence[int], processes: int, speed: Spee
             child.join()
 
 
-def _child(work: Callable, pieces: Connection, count: Callable[[int, int, int], None], parent: int) -> None:
+def _child(work: Callable, pieces: "Connection", count: Callable[[int, int, int], None], parent: int) -> None:
     import ctypes
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process

@@ -138,8 +138,8 @@ def read(source: Source, units: Iterable[Unit], broken: Broken) -> Iterator[tupl
                     for at, row in _parquet_rows(source, *unit):
                         yield number, at, row
                 case _:
-                    for first, chunk in _chunks(source, number):
-                        for at, row in zip(*_objects(first, chunk, decoder), strict=True):
+                    for first, count, chunk in _chunks(source, number):
+                        for at, row in zip(*_objects(first, count, chunk, decoder), strict=True):
                             if isinstance(row, dict):
                                 yield number, at, row
                             else:
@@ -169,14 +169,14 @@ def texts(source: Source, units: Iterable[Unit], field: str) -> Iterator[Texts]:
                         yield _usable_bytes(number, first, values, field)
                         at = first + len(values) - 1
                 case _:
-                    for first, chunk in _chunks(source, number):
-                        rows, found = _objects(first, chunk, decoder)
+                    for first, count, chunk in _chunks(source, number):
+                        rows, found = _objects(first, count, chunk, decoder)
                         try:
                             values = [row.text for row in found]
                         except AttributeError:
                             values = [_value(row, field) for row in found]
                         yield _usable(number, rows, values, field)
-                        at = first + chunk.count(b"\n") - 1
+                        at = first + count - 1
         except _damage() as error:
             raise _unreadable(source, number, at, error) from None
 
@@ -204,8 +204,8 @@ def _text_file(path: Path) -> str:
         return _Bad("not UTF-8")
 
 
-def _chunks(source: Source, number: int) -> Iterator[tuple[int, bytes]]:
-    """A file's lines some at a time: the number of the first, from 1, and the lines as they are."""
+def _chunks(source: Source, number: int) -> Iterator[tuple[int, int, bytes]]:
+    """A file's lines some at a time: the number of the first, from 1, how many there are, and the lines as they are."""
     path, at = source.path(number), 1
     with _open(path, source.format) as lines:
         while chunk := lines.read(_CHUNK):
@@ -214,8 +214,9 @@ def _chunks(source: Source, number: int) -> Iterator[tuple[int, bytes]]:
                 if len(rest) == _LONGEST and not rest.endswith(b"\n"):
                     raise EOFError(f"a line of more than {_LONGEST:,} bytes")
                 chunk += rest
-            yield at, chunk
-            at += chunk.count(b"\n")
+            count = np.count_nonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (not chunk.endswith(b"\n"))
+            yield at, count, chunk
+            at += count
 
 
 def _open(path: Path, format_: str) -> io.BufferedReader:
@@ -227,13 +228,12 @@ def _open(path: Path, format_: str) -> io.BufferedReader:
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
 
 
-def _objects(first: int, chunk: bytes, decoder: msgspec.json.Decoder) -> tuple[Sequence[int], list]:
+def _objects(first: int, count: int, chunk: bytes, decoder: msgspec.json.Decoder) -> tuple[Sequence[int], list]:
     """The lines that are not blank: their numbers, and what the decoder makes of each, or _Bad."""
-    lines = chunk.count(b"\n") + (not chunk.endswith(b"\n"))
     try:
         found = decoder.decode_lines(chunk)
-        if len(found) == lines:
-            return range(first, first + lines), found
+        if len(found) == count:
+            return range(first, first + count), found
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     rows = [(row, line) for row, line in enumerate(chunk.split(b"\n"), first) if line.strip()]

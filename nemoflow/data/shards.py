@@ -51,6 +51,9 @@ _HEADER = struct.Struct("<9sQBQQ")
 _LONGEST = 2**31 - 1
 """Ids in the longest sequence an .idx can tell."""
 
+_SMALL = 256 << 10
+"""Bytes of files that the reference has encoded before a fast engine is loaded."""
+
 _STEP = 1 << 20
 """Numbers taken at once from an index that is as long as there are documents."""
 
@@ -341,7 +344,9 @@ def make(
     todo = [n for n in numbers if n not in receipts]
     dtype = id_type(tokenizer.vocab_size)
     if todo:
-        engine = (launch or {}).get("engine", ENGINES[0])
+        files = {unit[0] for number in todo for unit in payload["shards"][number - payload["first"]]}
+        small = sum(source.path(file).stat().st_size for file in files) < _SMALL
+        engine = "tokenizers" if small else (launch or {}).get("engine", ENGINES[0])
         end = tokenizer.eod if payload["append_eod"] else None
         encoder = Encoder(tokenizer, engine, payload["control_strings"], end, progress)
         work = _Work(payload, source, encoder, dtype, out)

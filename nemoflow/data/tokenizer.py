@@ -4,6 +4,7 @@ The files are those transformers' AutoTokenizer reads. They are written here dir
 seconds, and what it writes changes with its version.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -40,7 +41,9 @@ class Trained:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Largest token id plus one."""
+        """Largest token id plus one, as it was sealed, for counting takes a while; counted before that."""
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.directory / "sealed.json").read_text(encoding="utf-8"))["measures"]["vocab_size"]
         return max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
 
     def special(self, role: str) -> str:
@@ -86,13 +89,13 @@ def load(directory: Path) -> Trained:
     """
     try:
         config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        content = (directory / "tokenizer.json").read_bytes()
     except OSError as error:
         raise NemoflowError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise NemoflowError(f"{directory}: tokenizer_config.json is not JSON ({error})") from None
     try:
-        engine = Tokenizer.from_str(text)
+        engine = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing narrower
         raise NemoflowError(
             f"{directory}/tokenizer.json: is no tokenizer of the tokenizers library ({error})"
