@@ -1,75 +1,249 @@
-"""Kind `prompts`: rows for RL in NeMo-Gym's layout, checked and split, otherwise passed through byte for byte.
+"""Kind `prompts`: rows for RL in NeMo-Gym's layout, checked, completed and split, otherwise kept whole.
 
-A row has `responses_create_params.input` (the prompt, as messages), `agent_ref.name` (which environment answers and
-judges it; NeMo-RL needs it) and the fields that environment's verifier reads.
+A row has `responses_create_params.input` (the prompt, as messages), `agent_ref.name` (the agent that answers, and with
+it the environment that judges; NeMo-RL needs it) and at its top level the fields that environment's verifier reads.
+
+Rows of JSON Lines are passed on byte for byte. A row of a Parquet file becomes JSON: a struct an object, a list an
+array, NaN null. A struct's field that is null is left out, as Arrow fills in what a row did not have and verifiers take
+a null for a value; so are columns that are null. Types that JSON has not, times and bytes say, are refused.
 """
 
-import json
-from collections.abc import Callable
+import io
+import time
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-from nemoflow.data.rows import Broken, Split, encodable, read, shards_of
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from nemoflow.data.placeholders import Placeholders, Unresolvable, number_of
+from nemoflow.data.rows import Broken, read
+from nemoflow.data.sources import Source, open_source
+from nemoflow.data.verifiers import check_row
 from nemoflow.errors import NemoflowError
 
 FILES = {"train": "train.jsonl", "valid": "validation.jsonl"}
 
+EVERY = 10.0
+"""Seconds between two lines of progress."""
 
-def check_row(row: dict) -> None:
-    """Raise ValueError with the reason when a row lacks what NeMo-RL or its verifier reads."""
-    parameters = row.get("responses_create_params")
-    messages = parameters.get("input") if isinstance(parameters, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("responses_create_params.input is not a non-empty list of messages")
-    for i, message in enumerate(messages):
-        # Items of another type (a tool's call or its output) are the Responses API's own and have no role.
-        if not isinstance(message, dict) or (
-            message.get("type", "message") == "message"
-            and not (isinstance(message.get("role"), str) and message.get("content"))
-        ):
-            raise ValueError(f"responses_create_params.input[{i}] has no role or no content")
-    agent = row.get("agent_ref")
-    name = agent.get("name") if isinstance(agent, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError("agent_ref.name is missing")
-    if name.startswith("math") and row.get("expected_answer") in (None, ""):
-        raise ValueError(f"expected_answer is missing, which agent {name} compares with")
+
+def _lines(source: Source, broken: Broken) -> Iterator[tuple[str, bytes, dict]]:
+    """Each row of a source as (place, its JSON without the line's end, object)."""
+    if source.format in ("parquet", "txt"):
+        _check_columns(source)
+        for number, at, row in read(source, source.units(), broken):
+            row = _without_nulls(row)
+            yield source.place(number, at), msgspec.json.encode(row), row
+        return
+    for number in range(source.count):
+        at = 0
+        try:
+            with _open(source.path(number), source.format) as lines:
+                for at, line in enumerate(lines, 1):
+                    line = line.rstrip(b"\r\n")
+                    if not line.strip():
+                        continue
+                    place = source.place(number, at)
+                    try:
+                        row = msgspec.json.decode(line)
+                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                        broken.add("not JSON", place)
+                        continue
+                    if isinstance(row, dict):
+                        yield place, line, row
+                    else:
+                        broken.add("not a JSON object", place)
+        except (OSError, EOFError, pa.ArrowException) as error:
+            raise NemoflowError(
+                f"{source.place(number, at + 1)}: cannot be read as {source.format} ({error}); repair the file, or "
+                "leave it out and run `nemoflow lock`"
+            ) from None
+
+
+def _open(path: Path, format_: str) -> io.BufferedReader:
+    compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
+
+
+def _check_columns(source: Source) -> None:
+    """Raise NemoflowError when a Parquet file has values that JSON has not."""
+    for number in range(source.count if source.format == "parquet" else 0):
+        try:
+            schema = pq.read_schema(source.path(number))
+        except (OSError, pa.ArrowException) as error:
+            raise NemoflowError(
+                f"{source.origin(number)}: cannot be read as parquet ({error}); repair the file"
+            ) from None
+        for column in schema:
+            if (found := _not_json(column.type)) is not None:
+                raise NemoflowError(
+                    f"{source.origin(number)}: column {column.name!r} has values of type {found}, which JSON has not; "
+                    "write them as text, or leave the column out"
+                )
+
+
+def _not_json(type_: pa.DataType) -> pa.DataType | None:
+    """The first type within `type_` that has no form of its own in JSON; None when all have."""
+    if pa.types.is_struct(type_):
+        return next((found for field in type_ if (found := _not_json(field.type)) is not None), None)
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_dictionary(type_):
+        return _not_json(type_.value_type)
+    plain = (
+        pa.types.is_null,
+        pa.types.is_boolean,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+    )
+    return None if any(is_(type_) for is_ in plain) else type_
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the null fields of its objects; a list keeps its nulls, whose places mean something."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def split(agents: dict[str, np.ndarray], valid: str) -> set[int]:
+    """The prompts to validate with, as hashes: of each agent the share `valid` with the smallest ones, rounded up.
+
+    agents: agent -> hashes of its prompts, which may repeat. An agent always keeps a prompt to train and has one to
+    validate with; with `valid` "0" there is no validation. A prompt of several agents is on one side for all.
+
+    Raises NemoflowError for an agent that cannot be on both sides.
+    """
+    share = Fraction(valid)
+    if not share:
+        return set()
+    distinct = {name: np.unique(hashes) for name, hashes in sorted(agents.items())}
+    chosen: set[int] = set()
+    for name, hashes in distinct.items():
+        if len(hashes) < 2:
+            raise NemoflowError(
+                f"environment {name} has one prompt only, which cannot be both trained and validated with; give it "
+                'more prompts, leave it out, or set valid: "0"'
+            )
+        chosen.update(hashes[: min(-(-share.numerator * len(hashes) // share.denominator), len(hashes) - 1)].tolist())
+    for name, hashes in distinct.items():
+        if all(hash_ in chosen for hash_ in hashes.tolist()):
+            raise NemoflowError(
+                f"environment {name}: all its prompts stand in other environments too, and are chosen to validate "
+                "with there; give it prompts of its own, or lower `valid`"
+            )
+    return chosen
+
+
+class _Reader:
+    """Reads the rows of all sources, completed and checked; the same every time."""
+
+    def __init__(self, payload: dict, inputs: dict, progress: Callable[[str], None]):
+        self._sources = [open_source(directory) for directory in inputs["sources"]]
+        self._allowed = set(payload["allow_unresolved"])
+        self._progress = progress
+        self._shown = time.monotonic()
+        keys = sorted(payload["placeholders"])
+        sources = [open_source(directory) for directory in inputs.get("placeholder_sources", [])]
+        self._placeholders = Placeholders(
+            self._wanted() if keys else {},
+            {key: payload["placeholders"][key]["template"] for key in keys},
+            dict(zip(keys, sources, strict=True)),
+        )
+
+    def _wanted(self) -> dict[str, set[int]]:
+        """The rows that placeholders point at, by `dataset`."""
+        wanted: dict[str, set[int]] = defaultdict(set)
+        for source in self._sources:
+            for _, _, row in _lines(source, Broken()):
+                number = number_of(row.get("_hf_placeholder"))
+                if number is not None and isinstance(row.get("dataset"), str):
+                    wanted[row["dataset"]].add(number)
+        return wanted
+
+    def rows(self, what: str) -> Iterator[tuple[bytes, str, int]]:
+        """Each usable row: its line, its agent, and a 64-bit hash of its prompt. `what` is done with them."""
+        self.broken = Broken()
+        self.resolved: Counter[str] = Counter()
+        self.unresolved: Counter[str] = Counter()
+        done = 0
+        for source in self._sources:
+            for place, line, row in _lines(source, self.broken):
+                done += 1
+                if (now := time.monotonic()) - self._shown >= EVERY:
+                    self._shown = now
+                    self._progress(f"{what} rows: {done:,}")
+                if row.get("_hf_placeholder"):
+                    key = str(row.get("dataset"))
+                    try:
+                        row = self._placeholders.resolve(row)
+                    except Unresolvable as error:
+                        if key in self._allowed:
+                            self.unresolved[key] += 1
+                            continue
+                        raise NemoflowError(
+                            f"{place}: a placeholder that cannot be completed: {error}. Repair the data, or name "
+                            f"{key!r} in allow_unresolved to leave such rows out"
+                        ) from None
+                    line = msgspec.json.encode(row)
+                    self.resolved[key] += 1
+                try:
+                    check_row(row)
+                except ValueError as error:
+                    self.broken.add(str(error), place)
+                    continue
+                prompt = msgspec.json.encode(row["responses_create_params"]["input"], order="sorted")
+                yield line, row["agent_ref"]["name"], xxhash.xxh3_64_intdigest(prompt)
 
 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
     """Write train.jsonl and validation.jsonl from the rows of inputs["sources"], in order.
 
-    `payload` is {"valid": share as an exact fraction, "max_broken"}. A row's split depends on its prompt alone, so no
-    prompt is both trained and validated on.
+    `payload` is {"valid": share of each environment's prompts as an exact fraction, "max_broken", "placeholders":
+    {`dataset` of a row: {"template": "dapo" or "skywork"}}, "allow_unresolved": [`dataset` values]};
+    inputs["placeholder_sources"] are the placeholders' sources, in the order of their sorted keys. A row's split
+    depends on its prompt: no prompt is both trained and validated on, and every environment is in both files.
 
-    Returns {"rows": {"train", "validation"}, "agents": rows by agent, "broken": rows left out by reason}.
+    Rows are streamed, twice, and once more when there are placeholders. In memory are 8 bytes for each row, and the
+    questions that placeholders point at.
 
-    Raises NemoflowError naming file and line when more than `max_broken` of the rows are unusable, or none is left.
+    Returns {"rows": {"train", "validation"}, "agents": {agent: the same}, "resolved" and "unresolved": placeholder rows
+    by `dataset`, "broken": rows left out by reason}.
+
+    Raises NemoflowError naming file and row for a placeholder that cannot be completed, for more than `max_broken`
+    unusable rows, and when an environment cannot be in both files or nothing is left.
     """
-    split = Split(payload["valid"])
-    broken = Broken()
-    counts = dict.fromkeys(FILES, 0)
-    agents: dict[str, int] = {}
+    reader = _Reader(payload, inputs, progress)
+    hashes: dict[str, array] = defaultdict(lambda: array("Q"))
+    for _, agent, prompt in reader.rows("checked"):
+        hashes[agent].append(prompt)
+    usable = sum(map(len, hashes.values()))
+    reader.broken.check(usable + reader.broken.count, payload["max_broken"])
+    if not usable:
+        raise NemoflowError(f"{inputs['sources'][0]}: there are no usable prompts")
+    validated = split({agent: np.frombuffer(found, np.uint64) for agent, found in hashes.items()}, payload["valid"])
+
+    counts = {agent: {"train": 0, "validation": 0} for agent in sorted(hashes)}
     with (out / FILES["train"]).open("wb") as train, (out / FILES["valid"]).open("wb") as valid:
-        files = {"train": train, "valid": valid}
-        for shard in [shard for source in inputs["sources"] for shard in shards_of(source)]:
-            for place, line, row in read(shard, broken):
-                try:
-                    check_row(row)
-                    prompt = row["responses_create_params"]["input"]
-                    content = encodable(json.dumps(prompt, ensure_ascii=False, sort_keys=True), "input").encode()
-                except ValueError as error:
-                    broken.add(str(error), place)
-                    continue
-                name = split.of(content)
-                files[name].write(line.rstrip(b"\r\n") + b"\n")
-                counts[name] += 1
-                agents[row["agent_ref"]["name"]] = agents.get(row["agent_ref"]["name"], 0) + 1
-    broken.check(sum(counts.values()) + broken.count, payload["max_broken"])
-    if not counts["train"]:
-        raise NemoflowError(f"{inputs['sources'][0]}: no row to train on; there are no usable prompts")
-    progress(f"{counts['train']:,} to train on, {counts['valid']:,} to validate")
+        for line, agent, prompt in reader.rows("written"):
+            held = prompt in validated
+            (valid if held else train).write(line + b"\n")
+            counts[agent]["validation" if held else "train"] += 1
+    rows = {side: sum(count[side] for count in counts.values()) for side in ("train", "validation")}
+    progress(f"{rows['train']:,} to train on, {rows['validation']:,} to validate, {len(counts)} environments")
     return {
-        "rows": {"train": counts["train"], "validation": counts["valid"]},
-        "agents": dict(sorted(agents.items())),
-        "broken": broken.measures(),
+        "rows": rows,
+        "agents": counts,
+        "resolved": dict(sorted(reader.resolved.items())),
+        "unresolved": dict(sorted(reader.unresolved.items())),
+        "broken": reader.broken.measures(),
     }
