@@ -89,6 +89,7 @@ def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[N
         token = get_token() is not None
         for cause in _chain(error):
             status = getattr(getattr(cause, "response", None), "status_code", None)
+            missing = isinstance(cause, errors.RepositoryNotFoundError)
             match cause:
                 case errors.OfflineModeIsEnabled():
                     text = "HF_HUB_OFFLINE is set and this needs the hub; unset it, or run this where the network is"
@@ -98,9 +99,11 @@ def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[N
                     )
                 case errors.RevisionNotFoundError():
                     text = f"has no revision {revision!r}; give a branch, a tag or a commit, see {page}/commits/main"
-                case errors.HfHubHTTPError() if status == 401 and token and not _is_missing(cause):
+                case errors.HfHubHTTPError() if status == 401 and token and not missing:
                     text = f"{constants.ENDPOINT} refuses HF_TOKEN as invalid; set it to a valid token, or unset it"
-                case errors.HfHubHTTPError() if status == 401 or _is_missing(cause):
+                case errors.HfHubHTTPError() if (
+                    status == 401 or missing
+                ):  # 401 is also the answer to those without a token
                     text = f"there is no such {kind} on {constants.ENDPOINT}, or it is private and " + (
                         "the account of HF_TOKEN may not read it" if token else "HF_TOKEN is not set"
                     )
@@ -117,12 +120,6 @@ def _explained(repo: str, kind: Kind, revision: str | None = None) -> Iterator[N
                     continue
             raise NemoflowError(f"{name}: {text}") from None
         raise
-
-
-def _is_missing(error: BaseException) -> bool:
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    return isinstance(error, RepositoryNotFoundError)
 
 
 def _first_line(error: BaseException) -> str:

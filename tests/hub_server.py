@@ -77,6 +77,7 @@ class Knobs:
     corrupt: list[bool] = field(default_factory=list)
     status: list[int] = field(default_factory=list)
     always_corrupt: bool = False
+    no_ranges: bool = False
     seconds_per_chunk: float = 0
 
 
@@ -282,7 +283,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def send(self, path: str, data: bytes, **headers: str) -> None:
             knob, start, status = hub.knob(path), 0, 200
-            asked = self.headers.get("Range")
+            asked = None if knob.no_ranges else self.headers.get("Range")
             if self.command == "HEAD":
                 self.answer(200, Content_Length=str(len(data)), Accept_Ranges="bytes", **headers)
                 return

@@ -99,6 +99,15 @@ def test_broken_connections_cost_only_what_was_not_sent(hub, tmp_path):
     ]
 
 
+def test_a_server_without_ranges_sends_more_but_nothing_else(hub, tmp_path):
+    wanted = write_payload(hub, tmp_path)
+    hub.knobs["data/part-0.jsonl"].drop = [123_456]
+    hub.knobs["data/part-0.jsonl"].no_ranges = True
+    make(hub, tmp_path)
+    assert there(tmp_path) == wanted
+    assert hub.served["data/part-0.jsonl"] == 123_456 + PATHS["data/part-0.jsonl"]
+
+
 def test_an_overloaded_hub_is_asked_again(hub, tmp_path):
     wanted = write_payload(hub, tmp_path)
     hub.knobs["data/part-2.jsonl"].status = [503]
