@@ -212,7 +212,7 @@ def test_what_is_no_identity_goes_beside_the_artifact():
         "title": "pretrain phase1 of demo",
     }
     assert sorted(p.name for p in (trajectory("phase1").directory / "wanted").iterdir()) == ["10", "20"]
-    words = session.store.load(session.recipes["demo"]._sources["words"])
+    words = session.store.load(session.recipes["demo"].raw["words"].identity)
     paths = json.loads((words.directory / "launch.json").read_text())["paths"]
     assert paths == [str(Path("raw/0.jsonl").absolute()), str(Path("raw/1.jsonl").absolute())]
     assert not trajectory("sft").directory.exists(), "nothing of what is not asked for"
@@ -227,7 +227,7 @@ def test_wanted_states_are_a_union_over_time():
 
 def test_missing_raw_files_matter_to_those_who_read_them_only():
     session = asked("sft/demo")
-    words = session.recipes["demo"]._sources["words"]
+    words = session.recipes["demo"].raw["words"].identity
     shutil.rmtree("raw")
     session = asked("sft/demo")
     session.check_raw_files([trajectory("sft").identity])
