@@ -1,7 +1,6 @@
 """Local files as a source: verified and linked to, never copied."""
 
 import hashlib
-import threading
 
 import pytest
 
@@ -59,28 +58,6 @@ def test_a_changed_missing_or_other_file_is_named_with_the_way_out(place):
     refused(r"cannot be read \(No such file or directory\);")
     file.mkdir()
     refused("has [0-9,]+ bytes, locked with 17;")
-
-
-def test_the_first_error_ends_the_work_of_all_threads(place, monkeypatch):
-    data = bytes(3 * local._CHUNK)
-    files = [place / "raw" / f"{i}.jsonl" for i in range(30)]
-    for file in files:
-        file.write_bytes(data)
-    files[0].write_bytes(b"other")
-    read = []
-    original, gate = local.check_file, threading.Event()
-
-    def checked(e, path, count):
-        if path == files[0]:
-            gate.wait(5)
-        else:
-            gate.set()
-        original(e, path, lambda size: (read.append(size), count(size)))
-
-    monkeypatch.setattr(local, "check_file", checked)
-    with pytest.raises(NemoflowError, match=r"raw/0\.jsonl: has 5 bytes"):
-        make(place / "out", files, [entry(data)] * 30, threads=2)
-    assert sum(read) < 20 * len(data)
 
 
 def test_progress_says_how_much_how_fast_and_how_long(place, monkeypatch):
