@@ -2,30 +2,25 @@
 
 A row has `responses_create_params.input` (the prompt, as messages), `agent_ref.name` (the agent that answers, and with
 it the environment that judges; NeMo-RL needs it) and at its top level the fields that environment's verifier reads.
-
-Rows of JSON Lines are passed on byte for byte. A row of a Parquet file becomes JSON: a struct an object, a list an
-array, NaN null. A struct's field that is null is left out, as Arrow fills in what a row did not have and verifiers take
-a null for a value; so are columns that are null. Types that JSON has not, times and bytes say, are refused.
+Lines of JSON are passed on byte for byte; what becomes of Parquet rows stands in lines.py, of placeholders in
+placeholders.py.
 """
 
-import io
 import time
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
+from nemoflow.data.lines import lines, smallest
 from nemoflow.data.placeholders import Placeholders, Unresolvable, number_of
-from nemoflow.data.rows import Broken, read
-from nemoflow.data.sources import Source, open_source
+from nemoflow.data.rows import Broken
+from nemoflow.data.sources import open_source
 from nemoflow.data.verifiers import check_row
 from nemoflow.errors import NemoflowError
 
@@ -33,86 +28,6 @@ FILES = {"train": "train.jsonl", "valid": "validation.jsonl"}
 
 EVERY = 10.0
 """Seconds between two lines of progress."""
-
-
-def _lines(source: Source, broken: Broken) -> Iterator[tuple[str, bytes, dict]]:
-    """Each row of a source as (place, its JSON without the line's end, object)."""
-    if source.format in ("parquet", "txt"):
-        _check_columns(source)
-        for number, at, row in read(source, source.units(), broken):
-            row = _without_nulls(row)
-            yield source.place(number, at), msgspec.json.encode(row), row
-        return
-    for number in range(source.count):
-        at = 0
-        try:
-            with _open(source.path(number), source.format) as lines:
-                for at, line in enumerate(lines, 1):
-                    line = line.rstrip(b"\r\n")
-                    if not line.strip():
-                        continue
-                    place = source.place(number, at)
-                    try:
-                        row = msgspec.json.decode(line)
-                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                        broken.add("not JSON", place)
-                        continue
-                    if isinstance(row, dict):
-                        yield place, line, row
-                    else:
-                        broken.add("not a JSON object", place)
-        except (OSError, EOFError, pa.ArrowException) as error:
-            raise NemoflowError(
-                f"{source.place(number, at + 1)}: cannot be read as {source.format} ({error}); repair the file, or "
-                "leave it out and run `nemoflow lock`"
-            ) from None
-
-
-def _open(path: Path, format_: str) -> io.BufferedReader:
-    compression = {"jsonl": None, "jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
-
-
-def _check_columns(source: Source) -> None:
-    """Raise NemoflowError when a Parquet file has values that JSON has not."""
-    for number in range(source.count if source.format == "parquet" else 0):
-        try:
-            schema = pq.read_schema(source.path(number))
-        except (OSError, pa.ArrowException) as error:
-            raise NemoflowError(
-                f"{source.origin(number)}: cannot be read as parquet ({error}); repair the file"
-            ) from None
-        for column in schema:
-            if (found := _not_json(column.type)) is not None:
-                raise NemoflowError(
-                    f"{source.origin(number)}: column {column.name!r} has values of type {found}, which JSON has not; "
-                    "write them as text, or leave the column out"
-                )
-
-
-def _not_json(type_: pa.DataType) -> pa.DataType | None:
-    """The first type within `type_` that has no form of its own in JSON; None when all have."""
-    if pa.types.is_struct(type_):
-        return next((found for field in type_ if (found := _not_json(field.type)) is not None), None)
-    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_dictionary(type_):
-        return _not_json(type_.value_type)
-    plain = (
-        pa.types.is_null,
-        pa.types.is_boolean,
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-    )
-    return None if any(is_(type_) for is_ in plain) else type_
-
-
-def _without_nulls(value: Any) -> Any:
-    """`value` without the null fields of its objects; a list keeps its nulls, whose places mean something."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def split(agents: dict[str, np.ndarray], valid: str) -> set[int]:
@@ -123,19 +38,18 @@ def split(agents: dict[str, np.ndarray], valid: str) -> set[int]:
 
     Raises NemoflowError for an agent that cannot be on both sides.
     """
-    share = Fraction(valid)
-    if not share:
+    if not Fraction(valid):
         return set()
-    distinct = {name: np.unique(hashes) for name, hashes in sorted(agents.items())}
     chosen: set[int] = set()
-    for name, hashes in distinct.items():
-        if len(hashes) < 2:
+    for name, hashes in sorted(agents.items()):
+        held = smallest(hashes, valid).tolist()
+        if not held:
             raise NemoflowError(
                 f"environment {name} has one prompt only, which cannot be both trained and validated with; give it "
                 'more prompts, leave it out, or set valid: "0"'
             )
-        chosen.update(hashes[: min(-(-share.numerator * len(hashes) // share.denominator), len(hashes) - 1)].tolist())
-    for name, hashes in distinct.items():
+        chosen.update(held)
+    for name, hashes in sorted(agents.items()):
         if all(hash_ in chosen for hash_ in hashes.tolist()):
             raise NemoflowError(
                 f"environment {name}: all its prompts stand in other environments too, and are chosen to validate "
@@ -164,7 +78,7 @@ class _Reader:
         """The rows that placeholders point at, by `dataset`."""
         wanted: dict[str, set[int]] = defaultdict(set)
         for source in self._sources:
-            for _, _, row in _lines(source, Broken()):
+            for _, _, row in lines(source, Broken()):
                 number = number_of(row.get("_hf_placeholder"))
                 if number is not None and isinstance(row.get("dataset"), str):
                     wanted[row["dataset"]].add(number)
@@ -177,7 +91,7 @@ class _Reader:
         self.unresolved: Counter[str] = Counter()
         done = 0
         for source in self._sources:
-            for place, line, row in _lines(source, self.broken):
+            for place, line, row in lines(source, self.broken):
                 done += 1
                 if (now := time.monotonic()) - self._shown >= EVERY:
                     self._shown = now
