@@ -138,8 +138,8 @@ def read(source: Source, units: Iterable[Unit], broken: Broken) -> Iterator[tupl
                     for at, row in _parquet_rows(source, *unit):
                         yield number, at, row
                 case _:
-                    for first, count, chunk in _chunks(source, number):
-                        for at, row in zip(*_objects(first, count, chunk, decoder), strict=True):
+                    for first, ends, chunk in _chunks(source, number):
+                        for at, row in zip(*_objects(first, ends, chunk, decoder), strict=True):
                             if isinstance(row, dict):
                                 yield number, at, row
                             else:
@@ -169,14 +169,14 @@ def texts(source: Source, units: Iterable[Unit], field: str) -> Iterator[Texts]:
                         yield _usable_bytes(number, first, values, field)
                         at = first + len(values) - 1
                 case _:
-                    for first, count, chunk in _chunks(source, number):
-                        rows, found = _objects(first, count, chunk, decoder)
+                    for first, ends, chunk in _chunks(source, number):
+                        rows, found = _objects(first, ends, chunk, decoder)
                         try:
                             values = [row.text for row in found]
                         except AttributeError:
                             values = [_value(row, field) for row in found]
                         yield _usable(number, rows, values, field)
-                        at = first + count - 1
+                        at = first + len(ends) - 1
         except _damage() as error:
             raise _unreadable(source, number, at, error) from None
 
@@ -204,8 +204,8 @@ def _text_file(path: Path) -> str:
         return _Bad("not UTF-8")
 
 
-def _chunks(source: Source, number: int) -> Iterator[tuple[int, int, bytes]]:
-    """A file's lines some at a time: the number of the first, from 1, how many there are, and the lines as they are."""
+def _chunks(source: Source, number: int) -> Iterator[tuple[int, np.ndarray, bytes]]:
+    """A file's lines some at a time: the number of the first, from 1, where each ends, and the lines as they are."""
     path, at = source.path(number), 1
     with _open(path, source.format) as lines:
         while chunk := lines.read(_CHUNK):
@@ -214,9 +214,11 @@ def _chunks(source: Source, number: int) -> Iterator[tuple[int, int, bytes]]:
                 if len(rest) == _LONGEST and not rest.endswith(b"\n"):
                     raise EOFError(f"a line of more than {_LONGEST:,} bytes")
                 chunk += rest
-            count = np.count_nonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (not chunk.endswith(b"\n"))
-            yield at, count, chunk
-            at += count
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            if not chunk.endswith(b"\n"):
+                ends = np.append(ends, len(chunk))
+            yield at, ends, chunk
+            at += len(ends)
 
 
 def _open(path: Path, format_: str) -> io.BufferedReader:
@@ -228,16 +230,24 @@ def _open(path: Path, format_: str) -> io.BufferedReader:
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
 
 
-def _objects(first: int, count: int, chunk: bytes, decoder: msgspec.json.Decoder) -> tuple[Sequence[int], list]:
+def _objects(first: int, ends: np.ndarray, chunk: bytes, decoder: msgspec.json.Decoder) -> tuple[Sequence[int], list]:
     """The lines that are not blank: their numbers, and what the decoder makes of each, or _Bad."""
     try:
-        found = decoder.decode_lines(chunk)
-        if len(found) == count:
-            return range(first, first + count), found
+        found = decoder.decode_lines(chunk)  # takes several objects in a line, and one in several lines, too
+        if len(found) == len(ends) and _in_braces(np.frombuffer(chunk, np.uint8), ends):
+            return range(first, first + len(found)), found
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     rows = [(row, line) for row, line in enumerate(chunk.split(b"\n"), first) if line.strip()]
     return [row for row, _ in rows], [_object(line, decoder) for _, line in rows]
+
+
+def _in_braces(chunk: np.ndarray, ends: np.ndarray) -> bool:
+    """Whether all lines begin with { and end with }. Where } is followed by {, an object ends and another begins: so
+    there is at least one in each line, and when there are as many as lines, exactly one."""
+    last = chunk[ends - 1]
+    last = np.where(last == ord("\r"), chunk[ends - 2], last)
+    return bool((chunk[np.append(0, ends[:-1] + 1)] == ord("{")).all() and (last == ord("}")).all())
 
 
 def _object(line: bytes, decoder: msgspec.json.Decoder) -> Any:
