@@ -1,0 +1,70 @@
+"""The shipped blends: what the published recipe lists, and the rule its weights follow."""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from nemoflow import recipe as grammar
+
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+README = (CONFIG / "blends/README.md").read_text()
+
+BILLIONS = {
+    name.strip(): float(count)
+    for row in re.findall(r"^\| (.*) \|$", README, re.M)
+    for name, count in zip(*[iter(row.split(" | "))] * 2, strict=False)
+    if re.fullmatch(r"[\d.]+", count.strip())
+}
+"""Subset, as the README calls it -> its tokens."""
+
+
+def blend(name: str) -> grammar.Blend:
+    return grammar.Blend.model_validate(grammar.read_yaml(CONFIG / f"blends/{name}.yaml"))
+
+
+def called(source: grammar.BlendSource) -> str:
+    """A subset as the README calls it."""
+    dataset, config = source.files.rpartition("/")[2], source.config
+    if dataset == "Nemotron-Pretraining-Specialized-v1":
+        return config.removeprefix("Nemotron-Pretraining-")
+    return f"{dataset.removeprefix('Nemotron-').removesuffix('-v1')} {config}"
+
+
+def test_the_published_subsets_and_sources():
+    phase1, phase2, sft, rl = (blend(f"nano3-{name}") for name in ("phase1", "phase2", "sft", "rl"))
+    assert [len(b.sources) for b in (phase1, phase2, sft, rl)] == [23, 21, 12, 1]
+    assert len({(s.files, s.config) for s in phase1.sources.values()}) == 23
+    assert len({(s.files, s.split) for s in sft.sources.values()}) == 12
+    assert {p.source for p in rl.placeholders.values()} == set(rl.placeholder_sources)
+    assert {called(s) for s in phase1.sources.values()} == set(BILLIONS)
+    assert phase1.sources.keys() - phase2.sources.keys() == {"cc-v2-medium-quality", "cc-v2.1-medium-quality"}
+
+
+@pytest.mark.parametrize(("name", "billions"), [("nano3-phase1", 23_500), ("nano3-phase2", 1_500)])
+def test_the_weights_follow_the_rule(name, billions):
+    sources = blend(name).sources.values()
+    total = sum(Fraction(source.weight) for source in sources)
+    read = {called(s): float(Fraction(s.weight) / total) * billions / BILLIONS[called(s)] for s in sources}
+    assert max(read.values()) < 3.6, "no source more than 3.5 times, but for rounding"
+    limited = {called(s) for s in sources if s.reason.endswith("; at the limit")}
+    assert all(read[subset] > 3.4 for subset in limited)
+    below: dict[str, set[float]] = {}
+    for source in sources:
+        if called(source) not in limited:
+            below.setdefault(source.reason.split("; ")[1], set()).add(read[called(source)])
+    for times in below.values():
+        assert max(times) < 1.02 * min(times), "subsets of a category are read equally often"
+    shares = re.findall(r"^\| ([a-z-]+) \| ([\d.]*)%? \| ?([\d.]*)%? \|", README, re.M)
+    published = {category: float(share) for category, *both in shares if (share := both[name == "nano3-phase2"])}
+    for source in sources:
+        category, share = re.search(r"; ([a-z-]+), ([\d.]+)% in the report", source.reason).groups()
+        assert float(share) == published[category]
+
+
+def test_the_recipe_loads_with_them():
+    _, recipe = grammar.load("nano3", [CONFIG / "recipes"])
+    assert len(recipe.sources) == 23 + 12 + 1 + 2
+    assert sum(map(Fraction, recipe.stages[0].data.blend.values())) == 1
+    assert set(recipe.datasets["rl"].placeholders) == set(blend("nano3-rl").placeholders)
