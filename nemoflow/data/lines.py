@@ -21,12 +21,17 @@ from nemoflow.data.sources import Source
 from nemoflow.errors import NemoflowError
 
 
-def lines(source: Source, broken: Broken) -> Iterator[tuple[str, bytes, dict]]:
-    """Each row of a source as (place, its JSON without the line's end, object)."""
+def lines(source: Source, broken: Broken, columns: set[str] | None = None) -> Iterator[tuple[str, bytes, dict]]:
+    """Each row of a source as (place, its JSON without the line's end, object).
+
+    columns: of a Parquet file, the only ones that are wanted. Lines that are no JSON object are counted in `broken`.
+
+    Raises NemoflowError naming file and row when a file cannot be read, or has values that JSON has not.
+    """
     if source.format in ("parquet", "txt"):
-        _check_columns(source)
+        _check_columns(source, columns)
         for number, at, row in read(source, source.units(), broken):
-            row = without_nulls(row)
+            row = without_nulls(row if columns is None else {k: v for k, v in row.items() if k in columns})
             yield source.place(number, at), msgspec.json.encode(row), row
         return
     for number in range(source.count):
@@ -59,7 +64,7 @@ def _open(path: Path, format_: str) -> io.BufferedReader:
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
 
 
-def _check_columns(source: Source) -> None:
+def _check_columns(source: Source, columns: set[str] | None) -> None:
     """Raise NemoflowError when a Parquet file has values that JSON has not."""
     for number in range(source.count if source.format == "parquet" else 0):
         try:
@@ -69,7 +74,8 @@ def _check_columns(source: Source) -> None:
                 f"{source.origin(number)}: cannot be read as parquet ({error}); repair the file"
             ) from None
         for column in schema:
-            if (found := _not_json(column.type)) is not None:
+            wanted = columns is None or column.name in columns
+            if wanted and (found := _not_json(column.type)) is not None:
                 raise NemoflowError(
                     f"{source.origin(number)}: column {column.name!r} has values of type {found}, which JSON has not; "
                     "write them as text, or leave the column out"

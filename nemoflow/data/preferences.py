@@ -22,6 +22,7 @@ import re
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import msgspec
@@ -60,6 +61,8 @@ def pair(row: dict, fields: dict[str, str]) -> dict:
         shared = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         prompt = [message for message, _ in shared]
     chosen, rejected = (_answer(key, prompt, found) for key, found in (("chosen", chosen), ("rejected", rejected)))
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same")
     system = row.get("system")
     if isinstance(system, str) and system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
@@ -134,7 +137,7 @@ class _Reader:
         self.broken = Broken()
         done = 0
         for source in self._sources:
-            for place, _, row in lines(source, self.broken):
+            for place, _, row in lines(source, self.broken, {*self._fields.values(), "system", "tools"}):
                 done += 1
                 if (now := time.monotonic()) - self._shown >= EVERY:
                     self._shown = now
@@ -166,6 +169,11 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
         raise NemoflowError(f"{inputs['sources'][0]}: there are no usable pairs")
     prompts = np.frombuffer(hashes, np.uint64)
     validated = set(smallest(prompts, payload["valid"]).tolist())
+    if Fraction(payload["valid"]) and not validated:
+        raise NemoflowError(
+            f"{inputs['sources'][0]}: one prompt only, which cannot be both trained and validated with; give more, or "
+            'set valid: "0"'
+        )
 
     rows = {"train": 0, "validation": 0}
     characters = {key: {"all": 0, "longest": 0} for key in ("prompt", "chosen", "rejected")}

@@ -1,3 +1,4 @@
+import datetime
 import json
 
 import pyarrow as pa
@@ -105,6 +106,7 @@ def test_tools():
         ({"chosen": "y", "rejected": "z"}, "chosen and rejected do not answer one prompt"),
         ({"prompt": "x", "chosen": "y", "rejected": "y"}, "chosen and rejected are the same"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "chosen and rejected are the same"),
+        ({"prompt": [USER], "chosen": "Two.", "rejected": [USER, GOOD]}, "chosen and rejected are the same"),
         ({"prompt": " ", "chosen": "y", "rejected": "z"}, "the prompt is empty"),
         ({"prompt": "x", "chosen": "\n", "rejected": "z"}, "chosen is empty"),
         ({"prompt": "x", "chosen": "y", "rejected": []}, "'rejected' is empty"),
@@ -165,7 +167,8 @@ def test_the_same_pairs_from_parquet(tmp_path, out):
         {"prompt": [USER], "chosen": [called], "rejected": [BAD], "tools": tools},
         {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD], "score": 0.5},
     ]
-    make([source(tmp_path / "a", rows, format="parquet")], out, valid="0")
+    when = [row | {"when": datetime.datetime(2020, 1, 1)} for row in rows]
+    make([source(tmp_path / "a", when, format="parquet")], out, valid="0")
     from_parquet = (out / "train.jsonl").read_bytes()
     make([source(tmp_path / "b", rows)], out, valid="0")
     assert (out / "train.jsonl").read_bytes() == from_parquet
@@ -183,7 +186,11 @@ def test_too_many_that_are_no_pairs_is_an_error_naming_the_first(tmp_path, out):
     assert measures["rows"] == {"train": 8, "validation": 0}
 
 
-def test_nothing_to_train_on(tmp_path, out):
+def test_nothing_to_train_or_validate_with(tmp_path, out):
+    alone = source(tmp_path / "alone", [{"prompt": "x", "chosen": "y", "rejected": r} for r in "ab"])
+    with pytest.raises(NemoflowError, match="one prompt only"):
+        make([alone], out)
+    assert make([alone], out, valid="0")["rows"] == {"train": 2, "validation": 0}
     with pytest.raises(NemoflowError, match="there are no usable pairs"):
         make([source(tmp_path / "a", [])], out)
 
