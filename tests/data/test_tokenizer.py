@@ -3,10 +3,12 @@ import json
 import shutil
 
 import pytest
+from hub_server import Hub
 from transformers import AutoTokenizer
 
 from nemoflow.data import tokenizer
-from nemoflow.data.rows import Broken, read, shards_of
+from nemoflow.data.rows import Broken, read
+from nemoflow.data.sources import open_source
 from nemoflow.errors import NemoflowError
 
 CHAT = [
@@ -25,9 +27,9 @@ def auto(made):
 
 def corpus(made):
     for name in ("stdlib_topics", "stdlib_docstrings"):
-        for shard in shards_of(made[name]):
-            for _, _, row in read(shard, Broken()):
-                yield row["text"]
+        source = open_source(made[name])
+        for _, _, row in read(source, source.units(), Broken()):
+            yield row["text"]
 
 
 def test_auto_tokenizer_agrees_with_the_engine_and_loses_nothing(made, auto):
@@ -83,6 +85,22 @@ def test_training_texts_of_every_layout():
     prompt = {"responses_create_params": {"input": [{"role": "user", "content": "b"}]}}
     rows = [{"text": "c"}, chat, prompt, {"text": 7}, {"messages": "x"}, {"text": "\ud800"}, {}]
     assert [tokenizer.texts_of(row) for row in rows] == [["c"], ["a"], ["b"], [], [], [], []]
+    assert [tokenizer.texts_of(row, "body") for row in [*rows[:3], {"body": "d"}]] == [[], ["a"], ["b"], ["d"]]
+
+
+def test_each_source_is_read_by_its_own_field(write_source, out, tmp_path):
+    texts = [f"word{i % 50} other{i % 7}" for i in range(400)]
+    mixed = [
+        write_source([{"text": text, "body": "!"} for text in texts[:200]], "one"),
+        write_source([{"text": "?", "body": text} for text in texts[200:]], "two"),
+    ]
+    payload = {"vocab_size": 266, "chat_template": "chatml"}
+    seen = tokenizer.make(payload | {"fields": ["text", "body"]}, {"sources": mixed}, out, print)["trained_on"]
+    assert (seen["documents"], seen["bytes"]) == (400, sum(map(len, texts)))
+    (plain := tmp_path / "plain").mkdir()
+    whole = write_source([{"text": text} for text in texts], "whole")
+    tokenizer.make(payload, {"sources": [whole]}, plain, print)
+    assert (plain / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
 
 
 def test_unknown_template(out):
@@ -123,3 +141,21 @@ def test_unusable_tokenizers(made, tmp_path, name, content, message):
         (copy / name).write_text(content)
     with pytest.raises(NemoflowError, match=message):
         _ = tokenizer.load(copy).eod
+
+
+def test_a_tokenizer_of_the_hub_is_downloaded(made, tmp_path):
+    files = {name: (made["tokenizer"] / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    with Hub() as hub:
+        hub.models["org/model"].commit(files)
+        digests = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+        entries = [{"path": path, "size": len(data), "sha256": digests[path]} for path, data in files.items()]
+        payload = {"hub": {"repo": "org/model", "commit": hub.models["org/model"].head}, "files": entries}
+        (tmp_path / "payload.json").write_text(json.dumps(payload))
+        code = """
+        from nemoflow.data import tokenizer
+        Path("out").mkdir()
+        show(tokenizer.make(json.loads(Path("payload.json").read_text()), {}, Path("out"), lambda line: None))
+        """
+        [measures] = hub.run(code, tmp_path)
+    assert measures["vocab_size"] == 1024
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == files
