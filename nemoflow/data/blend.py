@@ -20,16 +20,16 @@ from nemoflow.data.rows import SPLITS
 from nemoflow.errors import NemoflowError
 
 
-def _measures(merge: Path) -> dict:
+def _sealed(merge: Path) -> dict:
     try:
-        return json.loads((merge / "sealed.json").read_text(encoding="utf-8"))["measures"]
-    except (OSError, ValueError, KeyError) as error:
+        return json.loads((merge / "sealed.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise NemoflowError(f"{merge}/sealed.json: cannot be read ({error}); it is incomplete") from None
 
 
-def _name(merge: Path) -> str:
-    """What people call a source: its label, without the identity."""
-    return merge.name.rpartition("-")[0] or merge.name
+def _name(sealed: dict) -> str:
+    """The label of a merge's source."""
+    return next(entry["label"] for entry in sealed["inputs"] if entry["role"] == "source")
 
 
 def prefix_weights(shares: Sequence[Fraction], parts: Sequence[dict], split: str) -> list[list[tuple[str, Fraction]]]:
@@ -60,7 +60,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     if sum(shares) != 1:
         raise NemoflowError(f"blend: the shares add up to {sum(shares)}, not 1")
     merges: list[Path] = inputs["parts"]
-    parts = [_measures(merge) for merge in merges]
+    records = [_sealed(merge) for merge in merges]
+    parts = [record["measures"] for record in records]
     for merge, measures in zip(merges, parts, strict=True):
         for key in ("eod", "dtype", "vocab_size"):
             if measures[key] != parts[0][key]:
@@ -81,7 +82,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
         ]
     (out / "weights.json").write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
     (out / "blend.json").write_text(json.dumps(for_bridge, indent=1) + "\n", encoding="utf-8")
-    names = [_name(merge) for merge in merges]
+    names = [_name(record) for record in records]
     table = _table(names, shares, parts)
     table.to_csv(out / "summary.csv", index=False, lineterminator="\n")
     _draw(names, shares, parts, out / "summary.svg")

@@ -275,17 +275,15 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     targets = {name: min(payload[name], cap) for name in ("valid", "test")}
     splits = pool.slices(**targets)
     outside = sum(shard["train"]["documents"] for shard in measures)
-    if not all(splits[name].stop > splits[name].start for name in ("valid", "test")) or not (
-        outside or splits["train"].stop > splits["train"].start
-    ):
+    if any(part.start == part.stop for part in splits.values()):
+        if outside:
+            raise NemoflowError(
+                f"{source.directory}: only {int(pool.length.sum()):,} tokens were kept apart, too few for held_out: "
+                f"valid {targets['valid']:,} and test {targets['test']:,}; lower these"
+            )
         raise NemoflowError(
-            f"{source.directory}: {len(np.unique(pool.hashes)) + outside:,} different usable documents, too few "
-            "for train, valid and test; give the source more text"
-        )
-    if outside and splits["train"].start == splits["train"].stop:
-        raise NemoflowError(
-            f"{source.directory}: only {int(pool.length.sum()):,} tokens were kept apart, too few for held_out: valid "
-            f"{targets['valid']:,} and test {targets['test']:,}; lower these"
+            f"{source.directory}: {len(np.unique(pool.hashes)):,} different usable documents, too few for train, valid "
+            "and test; give the source more text"
         )
     dtype = np.dtype({"uint16": "<u2", "int32": "<i4"}[common["dtype"]])
     rest = int(pool.length[splits["train"]].sum())

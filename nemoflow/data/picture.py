@@ -69,14 +69,14 @@ def _bars(axes: plt.Axes, names: Sequence[str], values: Sequence[float], title: 
 
 
 def _lengths(axes: plt.Axes, parts: Sequence[dict]) -> None:
-    """Documents by length; the sources with most documents apart, the others together."""
+    """Documents of all sources by length."""
     total = np.sum([m["lengths"] for m in parts], axis=0)
     used = np.flatnonzero(total)
     first, last = int(used[0]), int(used[-1])
     at = np.arange(first, last + 1)
     axes.bar(at, total[first : last + 1], width=0.9, color=_COLOURS[1])
-    axes.set_xticks(at, [_short(2**k) for k in at])
-    axes.set_title("documents by tokens (from this length on, to twice as long)")
+    axes.set_xticks(at, [f"{2**k}" if k < 10 else f"{2 ** (k - 10)}k" for k in map(int, at)])
+    axes.set_title("documents by length in tokens, from this to twice this")
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
@@ -95,8 +95,9 @@ def _dropped(axes: plt.Axes, names: Sequence[str], parts: Sequence[dict]) -> Non
     left = np.zeros(len(with_drops))
     for number, reason in enumerate(reasons):
         values = np.array([100 * m["dropped"].get(reason, 0) / m["rows"] for _, m in with_drops])
-        axes.barh(range(len(values)), values, left=left, label=reason, color=_COLOURS[(number + 2) % len(_COLOURS)])
+        colour = _COLOURS[(number + 2) % len(_COLOURS)]
+        axes.barh(range(len(values)), values, height=0.6, left=left, label=reason, color=colour)
         left += values
     axes.set_yticks(range(len(with_drops)), [name for name, _ in with_drops])
     axes.invert_yaxis()
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2)

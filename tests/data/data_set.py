@@ -22,7 +22,8 @@ def stage(root: Path, kind: str, label: str, make, inputs: dict, **settings) -> 
     more = {k: offered[k] for k in offered.keys() & inspect.signature(make).parameters.keys()}
     made = make(payload, inputs, out, print, **more)
     measures = made.measures if isinstance(made, Made) else made
-    (out / "sealed.json").write_text(json.dumps({"payload": payload, "measures": measures}))
+    labels = [{"role": role, "label": path.name} for role, path in inputs.items() if isinstance(path, Path)]
+    (out / "sealed.json").write_text(json.dumps({"payload": payload, "inputs": labels, "measures": measures}))
     return out
 
 
