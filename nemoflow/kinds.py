@@ -94,7 +94,7 @@ def _export(payload: dict, look: Callable) -> str:
 
 KINDS: dict[str, Kind] = {
     "source": Kind(_source, {"seed": 0, "args": {}}),
-    "tokenizer": Kind(_tokenizer, {"chat_template": "chatml"}),
+    "tokenizer": Kind(_tokenizer, {"chat_template": "chatml"}, algorithm=2),
     "shards": Kind(
         _shards,
         {
@@ -118,6 +118,7 @@ KINDS: dict[str, Kind] = {
             "pad_multiple": 1,
             "max_broken": "1/1000",
         },
+        algorithm=2,
     ),
     "prompts": Kind(_rows, {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0"}),
     "preferences": Kind(_rows, {"valid": "1/20", "fields": {}, "max_broken": "1/1000"}),
