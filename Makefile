@@ -1,5 +1,6 @@
 # make demo   a fresh machine with Python 3.12: installs into .venv and runs the toy chain, raw text to HF checkpoint
 # make test   everything but what is slow by nature; .ci/run adds that with make test-slow
+# make bench-data   data preparation side by side with its peers; with Megatron-LM's too where MEGATRON_LM is its checkout
 
 PYTHON ?= python3.12
 VENV := .venv
@@ -10,7 +11,7 @@ UV := $(BIN)/uv
 UV_INSTALL := $(UV) pip install --quiet --system-certs --compile-bytecode --python $(BIN)/python
 JOBS ?= 2
 
-.PHONY: demo install install-dev test test-slow lint format lock clean
+.PHONY: demo install install-dev test test-slow lint format bench-data lock clean
 
 demo: install
 	$(BIN)/snakemake hf_export/nano3-tiny
@@ -43,6 +44,11 @@ format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile rules
+
+bench-data: install-dev
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.chats
+	$(BIN)/python -m benchmarks.plan
 
 lock: install-dev
 	$(UV) pip compile -q --system-certs --python 3.12 --no-emit-index-url --no-header envs/requirements.in -o envs/requirements.txt
