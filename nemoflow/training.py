@@ -13,13 +13,12 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
 from nemoflow.job import Job
-from nemoflow.store import dump, read_json, seal
+from nemoflow.store import dump, seal
 from nemoflow.store import write_atomically as write
 
 POLL_SECONDS = 0.2
@@ -98,16 +97,16 @@ class Trajectory:
             "wanted_directory": str((self.directory / "wanted").resolve()),
             "save_interval": launch.get("save_interval") or payload["horizon"],
             "checkpoints": str(self.checkpoints.resolve()),
-            "cache": str((self.directory / "cache").resolve()),
+            "scratch": str((self.directory / "scratch").resolve()),
             "metrics": str(self.metrics.resolve()),
             "config": str((self.directory / "config").resolve()),
         }
         match payload["kind"]:
             case "pretrain":
-                blend = read_json(data / "blend.json")
                 request["data"] = {
-                    split: [[str((data / prefix).resolve()), float(Fraction(weight))] for prefix, weight in parts]
-                    for split, parts in blend.items()
+                    "blend": str((data / "blend").resolve()),
+                    "cache": str(data / "cache"),
+                    "samples": self.job.stage.store.load(payload["data"]).payload["samples"],
                 }
             case "sft":
                 size = self.job.stage.store.load(payload["data"]).payload["pack_size"]
@@ -174,17 +173,15 @@ class Trajectory:
             return
         if code == 0:
             raise NemoflowError(f"the trainer ended without error before iteration {at}, and without its checkpoint")
-        raise NemoflowError(_reason(job.log) or f"the trainer failed with exit code {code}")
+        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise NemoflowError(reason(lines, "the trainer") or f"the trainer failed with exit code {code}")
 
     def _run(self, command: list[str], reached: int) -> int:
         """The exit code of the trainer; it dies with this process, on an interrupt too."""
-        checkout = str(Path(__file__).resolve().parents[1])  # jobs in containers have no nemoflow installed
-        path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         print("$", *command, flush=True)
-        child = subprocess.Popen(command, env=environment)
+        child = subprocess.Popen(command, env=environment())
         self.job.held.add_process(child.pid)
-        with _ending(child):
+        with ending(child):
             progress = _Progress(self, reached)
             while (code := child.poll()) is None:
                 time.sleep(POLL_SECONDS)
@@ -192,8 +189,15 @@ class Trajectory:
             return code
 
 
+def environment() -> dict[str, str]:
+    """The environment of an engine's program: it finds this nemoflow, and its output is not held back."""
+    checkout = str(Path(__file__).resolve().parents[1])  # jobs in containers have no nemoflow installed
+    path = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH")) if p)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
 @contextlib.contextmanager
-def _ending(child: subprocess.Popen) -> Iterator[None]:
+def ending(child: subprocess.Popen) -> Iterator[None]:
     """End the child when this process is told to end."""
 
     def stop(number, _frame):
@@ -254,14 +258,13 @@ class _Progress:
         self.job.say(f"iteration {self.seen} of {self.job.at}, {values}, {minutes}:{seconds:02d} left")
 
 
-def _reason(log: Path) -> str | None:
-    """The line in which the trainer said what went wrong; its last one when it only left a traceback."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def reason(lines: list[str], program: str) -> str | None:
+    """What the engine's program, which wrote `lines`, said went wrong; its last line when it only left a traceback."""
     said = [line for line in lines if line.startswith(ERROR_PREFIX)]
     if said:
         return said[-1].removeprefix(ERROR_PREFIX)
     last = next((line for line in reversed(lines) if line.strip()), None)
-    return f"the trainer failed: {textwrap.shorten(last, 300)}" if last else None
+    return f"{program} failed: {textwrap.shorten(last, 300)}" if last else None
 
 
 def train(job: Job) -> None:

@@ -1,5 +1,6 @@
 """A tiny model of the nano3 architecture, a tokenizer and data for it, and runs of the trainer on them."""
 
+import hashlib
 import json
 import os
 import pydoc_data.topics
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from nemoflow.engines.megatron_bridge import index_overrides
 
 HERE = Path(__file__).parent
 RECIPES = "megatron.bridge.recipes.nemotronh.nemotron_3_nano"
@@ -124,7 +127,7 @@ class Run:
             "wanted": [],
             "save_interval": 1000,
             "checkpoints": str(directory / "checkpoints"),
-            "cache": str(directory / "cache"),
+            "scratch": str(directory / "scratch"),
             "metrics": str(directory / "metrics.jsonl"),
             "config": str(directory / "config"),
             **request,
@@ -182,18 +185,67 @@ class Run:
         return {e["iteration"]: e["valid_loss"] for e in self.lines() if "valid_loss" in e}
 
 
-def pretrain(server: Server, data: Path, directory: Path, blend=(("a", 0.5), ("b", 0.5)), **request) -> Run:
-    splits = {s: [[str(data / f"{name}_{s}"), weight] for name, weight in blend] for s in ("train", "valid")}
+def make_blend(data: Path, blend=(("a", "1/2"), ("b", "1/2"))) -> Path:
+    """A blend's directory in data/blend, with what an index and training read of it."""
+    directory = data / "blend" / "-".join(f"{name}{share.replace('/', '.')}" for name, share in blend)
+    weights = {s: [[f"../../merge/{name}/{s}-00000", share] for name, share in blend] for s in ("train", "valid")}
+    parts = [
+        {"source": name, "share": share, "tokens": {s: tokens(data / "merge" / name / f"{s}-00000") for s in weights}}
+        for name, share in blend
+    ]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "weights.json").write_text(json.dumps(weights))
+    (directory / "sealed.json").write_text(json.dumps({"measures": {"parts": parts}}))
+    return directory
+
+
+def tokens(prefix: Path) -> int:
+    """Tokens of 2 bytes in a .bin file."""
+    return prefix.with_suffix(".bin").stat().st_size // 2
+
+
+def make_index(server: Server, data: Path, directory: Path, blend: Path, samples: int, overrides: dict) -> dict:
+    """Index caches in `directory`: a pretraining request's data."""
+    request = {
+        "function": f"{RECIPES}.nemotron_3_nano_pretrain_config",
+        "overrides": index_overrides(overrides),
+        "tokenizer": str(data / "tokenizer"),
+        "blend": str(blend),
+        "samples": samples,
+        "out": str(directory),
+    }
+    directory.mkdir(parents=True)
+    path = directory / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    assert server.call("nemoflow.engines.megatron_bridge.index:main", [str(path)]) == 0
+    path.unlink()
+    return {"blend": str(blend), "cache": str(directory / "cache"), "samples": samples}
+
+
+def pretrain(server: Server, data: Path, directory: Path, blend=(("a", "1/2"), ("b", "1/2")), **request) -> Run:
+    """A trajectory that reads the index of its blend, made on first use; many trajectories share one."""
     defaults = {
         "kind": "pretrain",
         "function": f"{RECIPES}.nemotron_3_nano_pretrain_config",
         "overrides": MODEL | PRECISION | PRETRAIN,
         "tokenizer": str(data / "tokenizer"),
-        "data": splits,
+        "start": 0,
         "horizon": 24,
         "stop": 24,
     }
-    return Run(server, directory, **defaults | request)
+    request = defaults | request
+    overrides = request["overrides"]
+    samples = (request["horizon"] - request["start"]) * overrides["train.global_batch_size"]
+    index = data / "index" / canonical_name([blend, samples, index_overrides(overrides)])
+    if (index / "index.json").exists():
+        made = {"blend": str(make_blend(data, blend)), "cache": str(index / "cache"), "samples": samples}
+    else:
+        made = make_index(server, data, index, make_blend(data, blend), samples, overrides)
+    return Run(server, directory, **{"data": made} | request)
+
+
+def canonical_name(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def sft(server: Server, data: Path, directory: Path, checkpoint: Path, **request) -> Run:
@@ -215,7 +267,7 @@ def sft(server: Server, data: Path, directory: Path, checkpoint: Path, **request
 
 
 def make_data(directory: Path) -> Path:
-    """A tokenizer of 300 tokens, two corpora of the interpreter's own documentation, packed chats."""
+    """A tokenizer of 300 tokens, two merges of the interpreter's own documentation, packed chats."""
     import pyarrow
     import pyarrow.parquet
     import torch
@@ -237,7 +289,8 @@ def make_data(directory: Path) -> Path:
 
     for name, documents in (("a", topics[::2]), ("b", topics[1::2])):
         for split, part in (("train", documents[2:]), ("valid", documents[:2])):
-            prefix = directory / f"{name}_{split}"
+            prefix = directory / "merge" / name / f"{split}-00000"
+            prefix.parent.mkdir(parents=True, exist_ok=True)
             builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(300))
             for text in part:
                 ids = [*tokenizer(text[:5000])["input_ids"], tokenizer.eos_token_id]

@@ -31,7 +31,15 @@ def schedule_horizon(overrides):
 
 
 def index_overrides(overrides):
-    return {k: v for k, v in overrides.items() if k == "train.global_batch_size"}
+    return {k: v for k, v in overrides.items() if k in ("train.global_batch_size", "sleep.length")}
+
+
+def sequence_length(overrides):
+    return overrides.get("sleep.length", 1)
+
+
+def index_command(request: Path):
+    return [sys.executable, "-m", "sleep_engine", "index", str(request)]
 
 
 def states(checkpoints: Path):
@@ -62,5 +70,14 @@ def main(request: dict):
                 (checkpoints / f".{n}").rename(checkpoints / str(n))
 
 
+def index(request: dict):
+    cache = Path(request["out"], "cache")
+    cache.mkdir()
+    weights = json.loads(Path(request["blend"], "weights.json").read_text())
+    (cache / "order").write_text(json.dumps([weights["train"], request["samples"]]))
+    Path(request["out"], "index.json").write_text(json.dumps({"samples": {"train": request["samples"], "valid": 1}}))
+
+
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    told = json.loads(Path(sys.argv[-1]).read_text())
+    index(told) if sys.argv[1] == "index" else main(told)

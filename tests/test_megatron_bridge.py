@@ -25,8 +25,9 @@ def tree(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_states_kept_losses_measured_and_nothing_written_beside_the_data(server, data, tmp_path):
+    run = pretrain(server, data, tmp_path, horizon=9, stop=9, wanted=[3], save_interval=4)
     before = tree(data)
-    run = pretrain(server, data, tmp_path, horizon=9, stop=9, wanted=[3], save_interval=4).train()
+    run.train()
     assert list(checkpoints.states(run.checkpoints)) == [3, 4, 8, 9]
     assert tree(data) == before
     digits = run.digits()
@@ -105,22 +106,12 @@ def test_whatever_a_kill_during_a_save_left_is_not_gone_on_from(server, data, tm
     assert not run.checkpoint(20).exists()
 
 
-def test_an_index_that_a_kill_cut_short_is_made_anew(server, data, tmp_path, straight):
-    run = pretrain(server, data, tmp_path).train(stop=2)
-    cache = tmp_path / "cache"
-    for index in cache.glob("*shuffle_index.npy"):
-        os.truncate(index, 10)
-    (cache / checkpoints.COMPLETE).unlink()
-    run.train(stop=4)
-    assert run.digits() == {n: d for n, d in straight.digits().items() if n <= 4}
-
-
 def second_phase(server, data, directory, straight, **request) -> Run:
     return pretrain(
         server,
         data,
         directory,
-        blend=(("a", 0.2), ("b", 0.8)),
+        blend=(("a", "1/5"), ("b", "4/5")),
         init={"checkpoint": str(straight.checkpoint(10)), "at": 10, "carry": "all"},
         start=10,
         **request,

@@ -10,8 +10,13 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     def outside(key) -> bool                 whether an override leaves the result unchanged, and so the identity too
     def tokens_per_iteration(overrides) -> int | None
     def schedule_horizon(overrides) -> int | None
+    def sequence_length(overrides) -> int | None
+    def index_overrides(overrides) -> dict   those that the order of pretraining data depends on
+    def index_command(request: Path) -> list[str]   the program that makes this order (nemoflow/data/index.py)
     def command(request: Path) -> list[str]  the program that trains what the request file says (nemoflow/training.py)
     def states(checkpoints: Path) -> dict[int, Path]   complete checkpoints by iteration
+
+The index members and sequence_length are for kind `pretrain`; an engine without that kind leaves them out.
 """
 
 import difflib

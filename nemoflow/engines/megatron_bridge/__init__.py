@@ -1,6 +1,7 @@
 """Megatron-Bridge on Megatron-Core: pretraining and supervised fine-tuning.
 
-This module is what the main process and the driver need, without torch; train.py is the program that trains.
+This module is what the main process and the driver need, without torch; train.py is the program that trains, index.py
+the one that makes index caches before.
 """
 
 import sys
@@ -14,8 +15,11 @@ __all__ = [
     "STARTS_FROM",
     "check",
     "command",
+    "index_command",
+    "index_overrides",
     "outside",
     "schedule_horizon",
+    "sequence_length",
     "states",
     "tokens_per_iteration",
 ]
@@ -59,7 +63,10 @@ REFUSED = {
     "checkpoint.exit_on_missing_checkpoint": "a missing checkpoint must not become a silent restart",
     "dataset.blend": "write data: {blend: ...}",
     "dataset.blend_per_split": "write data: {blend: ...}",
-    "dataset.path_to_cache": "training must not write into data artifacts",
+    "dataset.data_path": "write data: {blend: ...}",
+    "dataset.path_to_cache": "index caches are an artifact",
+    "dataset.per_dataset_sequences_path": "it names data by where they lie",
+    "dataset.sequences_per_dataset": "it names data by where they lie",
     "scheduler.override_opt_param_scheduler": "a changed schedule must not be accepted in silence",
     "train.exit_interval": "write the stage's until",
     "train.train_iters": "write the stage's horizon",
@@ -107,6 +114,31 @@ _OUTSIDE = {
     "train.manual_gc_interval",
     "train.micro_batch_size",
 }
+_NOT_INDEXED = {
+    "dataset.create_attention_mask",
+    "dataset.data_sharding",
+    "dataset.dataloader_type",
+    "dataset.defer_npy_index_mmap",
+    "dataset.drop_last",
+    "dataset.eod_mask_loss",
+    "dataset.fast_cache_load",
+    "dataset.inter_document_masking",
+    "dataset.mmap_bin_files",
+    "dataset.num_dataset_builder_threads",
+    "dataset.pin_memory",
+    "dataset.reset_attention_mask",
+    "dataset.reset_position_ids",
+    "dataset.skip_getting_attention_mask_from_dataset",
+    "dataset.trust_remote_code",
+}
+"""Settings of the data that bear on how a sample is loaded or masked, not on which one comes when."""
+_INDEXED = {
+    "model.seq_length",
+    "train.global_batch_size",
+    "validation.eval_global_batch_size",
+    "validation.eval_iters",
+}
+"""Settings outside the data's section that bear on the order: length of a sample, size of the validation set."""
 
 
 def check(overrides: dict, where: str) -> None:
@@ -126,9 +158,30 @@ def outside(key: str) -> bool:
 
 def tokens_per_iteration(overrides: dict) -> int | None:
     """Global batch size x sequence length; None where the recipe does not write both."""
-    length = overrides.get("dataset.seq_length", overrides.get("model.seq_length"))
-    batch = overrides.get("train.global_batch_size")
+    length, batch = sequence_length(overrides), overrides.get("train.global_batch_size")
     return batch * length if batch and length else None
+
+
+def sequence_length(overrides: dict) -> int | None:
+    """Tokens of a training sample; None where the recipe does not write it."""
+    return overrides.get("dataset.seq_length", overrides.get("model.seq_length"))
+
+
+def index_overrides(overrides: dict) -> dict:
+    """Those overrides that index caches depend on: stages that differ only in others share one index.
+
+    They are the tokenizer's, the data's (except those about loading and masking), the sequence length, and what the
+    size of the validation set follows from: the training batch only where evaluation has no batch of its own. Of
+    `rng.seed` they do not depend: the order's seed is dataset.random_seed.
+    """
+    found = {}
+    for key, value in overrides.items():
+        section = key.partition(".")[0]
+        if key in _INDEXED or (section in ("dataset", "tokenizer") and key not in _NOT_INDEXED and not outside(key)):
+            found[key] = value
+    if found.get("validation.eval_global_batch_size"):
+        found.pop("train.global_batch_size", None)
+    return found
 
 
 def schedule_horizon(overrides: dict) -> int | None:
@@ -139,3 +192,8 @@ def schedule_horizon(overrides: dict) -> int | None:
 def command(request: Path) -> list[str]:
     """The program that trains what the request says."""
     return [sys.executable, "-m", "nemoflow.engines.megatron_bridge.train", str(request)]
+
+
+def index_command(request: Path) -> list[str]:
+    """The program that makes the index caches the request asks for."""
+    return [sys.executable, "-m", "nemoflow.engines.megatron_bridge.index", str(request)]

@@ -9,10 +9,12 @@ import fnmatch
 import functools
 import importlib
 import io
+import json
 import os
 import types
 import typing
 from dataclasses import fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
@@ -99,9 +101,7 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
     Raises NemoflowError for a recipe function, an override or a combination that cannot be.
     """
     sft = request["kind"] == "sft"
-    config = _recipe(request)
-    _place_data(config, request)
-    apply_overrides(config, request["overrides"])
+    config = prepare(request)
     _fit(config, request)
 
     config.train.train_iters = request["horizon"]
@@ -131,6 +131,24 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
     if cpu.needed():
         cpu.adapt(config)
     return config
+
+
+def prepare(request: dict) -> ConfigContainer:
+    """The recipe of `request` with its data and overrides in place: all that the order of the data follows from.
+
+    Raises NemoflowError as `build` does.
+    """
+    config = _recipe(request)
+    _place_data(config, request)
+    apply_overrides(config, request["overrides"])
+    _fit_length(config, request)
+    return config
+
+
+def valid_samples(config: ConfigContainer) -> int:
+    """Samples of one evaluation."""
+    validation = config.validation
+    return validation.eval_iters * (validation.eval_global_batch_size or config.train.global_batch_size)
 
 
 def _recipe(request: dict) -> ConfigContainer:
@@ -169,20 +187,21 @@ def _place_data(config: ConfigContainer, request: dict) -> None:
     config.tokenizer.tokenizer_model = request["tokenizer"]
     config.tokenizer.hf_tokenizer_kwargs = {}
     if request["kind"] == "pretrain":
+        weights = json.loads((Path(data["blend"]) / "weights.json").read_text(encoding="utf-8"))
         config.dataset.blend = config.dataset.split = None
-        config.dataset.blend_per_split = [_blend(data.get(split)) for split in ("train", "valid")] + [None]
-        config.dataset.path_to_cache = request["cache"]
+        config.dataset.blend_per_split = [_blend(weights.get(split)) for split in ("train", "valid")] + [None]
+        config.dataset.path_to_cache = data["cache"]
         return
     size = data["pack_size"]
     packing = PackedSequenceSpecs(
         packed_sequence_size=size,
         packed_train_data_path=data["train"],
         packed_val_data_path=data["valid"],
-        packed_metadata_path=str(Path(request["cache"]) / "packing.jsonl"),
+        packed_metadata_path=str(Path(request["scratch"]) / "packing.jsonl"),
     )
     config.dataset = GPTSFTDatasetConfig(
         seq_length=size,
-        dataset_root=request["cache"],  # where upstream would write; the packed files are given
+        dataset_root=request["scratch"],  # where upstream would write; the packed files are given
         seed=config.dataset.seed,
         enable_offline_packing=True,
         offline_packing_specs=packing,
@@ -194,11 +213,11 @@ def _place_data(config: ConfigContainer, request: dict) -> None:
 
 
 def _blend(parts: list | None) -> tuple[list[str], list[float]] | None:
-    return ([prefix for prefix, _ in parts], [weight for _, weight in parts]) if parts else None
+    return ([prefix for prefix, _ in parts], [float(Fraction(weight)) for _, weight in parts]) if parts else None
 
 
-def _fit(config: ConfigContainer, request: dict) -> None:
-    """Make the parts agree: sequence length, vocabulary, and an architecture equal to the initial checkpoint's."""
+def _fit_length(config: ConfigContainer, request: dict) -> None:
+    """Make data and model agree on the sequence length."""
     overrides, model = request["overrides"], config.model
     if request["kind"] == "pretrain":
         if overrides.get("dataset.seq_length", model.seq_length) != model.seq_length:
@@ -212,6 +231,11 @@ def _fit(config: ConfigContainer, request: dict) -> None:
             f"overrides.model.seq_length: {model.seq_length} differs from the pack size of the data, "
             f"{request['data']['pack_size']}; leave it out"
         )
+
+
+def _fit(config: ConfigContainer, request: dict) -> None:
+    """Make model and data agree: vocabulary, and an architecture equal to the initial checkpoint's."""
+    overrides, model = request["overrides"], config.model
     # The number of rows of the embedding stands in the configuration as it is, so that no later reader pads again.
     tokens = build_tokenizer(config.tokenizer).vocab_size
     if request["init"]:

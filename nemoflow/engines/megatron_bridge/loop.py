@@ -50,13 +50,6 @@ class Hooks(Callback):
         elif self.valid_samples:
             state.consumed_valid_samples -= state.consumed_valid_samples % self.valid_samples
 
-    def on_train_start(self, context) -> None:  # noqa: ARG002 - the signature of a callback
-        """By now the index caches are written."""
-        if torch.distributed.get_rank() == 0:
-            cache = Path(self.request["cache"])
-            cache.mkdir(parents=True, exist_ok=True)
-            (cache / checkpoints.COMPLETE).touch()
-
     def on_train_step_start(self, context) -> None:
         config = context.state.cfg
         if self.intervals is None:

@@ -7,7 +7,8 @@ The request (every path absolute):
     function        dotted name of a recipe function of Megatron-Bridge
     overrides       {"section.key": value}
     tokenizer       directory of a Hugging Face tokenizer
-    data            pretrain: {"train": [[prefix, weight], ...], "valid": the same}
+    data            pretrain: {"blend": directory, "cache": directory of its index caches (index.py), "samples": how
+                    many training samples they have}; both are only read
                     sft: {"train": file, "valid": file or null, "pack_size": tokens}, of packed parquet
     init            null, or {"checkpoint": .../iter_0000060, "at": 60, "carry": "all" or "weights"}
     start           iteration the stage begins after: init's `at` under carry all, else 0
@@ -15,7 +16,7 @@ The request (every path absolute):
     wanted          iterations to keep a checkpoint of, besides every `save_interval`-th
     wanted_directory  optional: a directory whose file names are more of them, looked at after every iteration
     checkpoints     directory to save in, and to go on from
-    cache           directory for index caches
+    scratch         sft: directory for what upstream might write
     metrics         file to append {"iteration", "loss", "lr", "grad_norm", "seconds", "tokens"} and {"iteration",
                     "valid_loss"} to, a line each; `tokens` counts those of this stage, in SFT the padding included
     config          file for the resolved configuration
@@ -27,10 +28,10 @@ import errno
 import gc
 import json
 import os
-import shutil
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from nemoflow import cpu
@@ -42,6 +43,11 @@ CHECKS = ("runtime_config_update", "init_num_microbatches_calculator")
 
 
 def main(arguments: list[str]) -> int:
+    return program(run, arguments)
+
+
+def program(run: Callable[[dict], None], arguments: list[str]) -> int:
+    """The exit code of a program that does what the request file, its only argument, says."""
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
         run(request)
@@ -71,12 +77,16 @@ def explain(error: BaseException, request: dict) -> str | None:
         if isinstance(each, NemoflowError):
             return str(each)
         if getattr(each, "errno", None) == errno.ENOSPC or "No space left on device" in str(each):
-            return f"no space left on the disk of {request['checkpoints']}; free some and run again"
+            return f"no space left on the disk of {_written(request)}; free some and run again"
         if getattr(each, "errno", None) == errno.EDQUOT:
-            return f"disk quota exceeded at {request['checkpoints']}; free some and run again"
+            return f"disk quota exceeded at {_written(request)}; free some and run again"
         if isinstance(each, AssertionError | ValueError | RuntimeError) and _passed(each, CHECKS):
             return f"overrides: Megatron-Bridge refuses this configuration: {each or type(each).__name__}"
     return None
+
+
+def _written(request: dict) -> str:
+    return request.get("checkpoints") or request["out"]
 
 
 def _passed(error: BaseException, functions: tuple[str, ...]) -> bool:
@@ -105,9 +115,6 @@ def run(request: dict) -> None:
         checkpoints.check(load)
     if first:
         forget(Path(request["metrics"]), after=reached if complete else None)
-        cache = Path(request["cache"])
-        if cache.exists() and not (cache / checkpoints.COMPLETE).exists():
-            shutil.rmtree(cache)  # a kill left an index half written, which would be taken for a whole one
 
     environment()
     gc.disable()  # the imports make a million objects and no garbage: looking for some costs a sixth of their time
@@ -133,13 +140,29 @@ def run(request: dict) -> None:
     if request["start"]:
         state = torch.load(Path(init["checkpoint"]) / "train_state.pt", weights_only=True)
         consumed = int(state["consumed_train_samples"])
-    validation = settings.validation
-    batch = validation.eval_global_batch_size or settings.train.global_batch_size
-    make = data.provider(trainer.get_dataset_provider(settings.dataset), consumed, validation.eval_iters * batch)
+    make, valid = trainer.get_dataset_provider(settings.dataset), config.valid_samples(settings)
+    if request["kind"] == "pretrain":
+        fits(request, consumed, settings.train.global_batch_size)
+        make = data.indexed(make, Path(request["data"]["blend"]), data.must_be_built)
+    make = data.provider(make, consumed, valid)
     trainer.get_dataset_provider = lambda _: make
-    hooks = loop.Hooks(request, reached, consumed, validation.eval_iters * batch)
+    hooks = loop.Hooks(request, reached, consumed, valid)
     trainer.train = loop.train_between(trainer.train, hooks)
     trainer.pretrain(settings, forward_step, callbacks=[hooks])
+
+
+def fits(request: dict, consumed: int, batch: int) -> None:
+    """Raise NemoflowError unless the index has as many samples as the stage reads: those up to its horizon that the
+    checkpoint it starts from has not `consumed`. They differ when `batch`, in samples, is not the earlier stage's.
+    """
+    samples, horizon = request["data"]["samples"], request["horizon"]
+    if samples == horizon * batch - consumed:
+        return
+    where = f"init: {request['init']['checkpoint']}: has consumed {consumed} samples, so " if consumed else ""
+    raise NemoflowError(
+        f"{where}{horizon * batch - consumed} are left until iteration {horizon} in batches of {batch}, and the index "
+        f"has {samples}; under carry: all a stage keeps the train.global_batch_size of the one it goes on from"
+    )
 
 
 def environment() -> None:
