@@ -33,6 +33,12 @@ SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "seq_
 ROW_GROUP = 500
 """Packs in a row group: what the reader loads to get at one of them."""
 
+_WRITING = {
+    "compression": "zstd",
+    "use_dictionary": ["loss_mask.list.element"],  # of ids, a dictionary makes larger files
+    "write_statistics": False,
+}
+
 WINDOW = 1 << 17
 """Sequences packed together. Each window leaves its last pack partly empty: of 32,768 tokens, it needs this many."""
 
@@ -65,17 +71,26 @@ def pack(lengths: np.ndarray, size: int, window: int = WINDOW) -> tuple[np.ndarr
         raise ValueError(f"a window of {window} sequences")
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= size:
         raise ValueError(f"lengths {lengths.min()} to {lengths.max()}, but bins hold 1 to {size}")
-    best_fit = _plain if len(lengths) < _COMPILE_FROM else _compiled()
+    fit = best_fit(len(lengths))
     orders, bins = [], [np.zeros(1, dtype=np.int64)]
     for begin in range(0, len(lengths), window):
-        order, ends = best_fit(lengths[begin : begin + window], size)
+        order, ends = fit(lengths[begin : begin + window], size)
         orders.append(order + begin)
         bins.append(ends + begin)
     return np.concatenate([*orders, np.empty(0, dtype=np.int64)]), np.concatenate(bins)
 
 
+def best_fit(count: int) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """The form of best fit decreasing that takes less time for `count` lengths in all; the results are the same.
+
+    It is called with the lengths of one window, int64 [n] between 1 and the size, and the size of bins: (order, ends),
+    int64, bin b holding the lengths order[ends[b - 1]:ends[b]]. Without lengths there are no bins.
+    """
+    return _plain if count < _COMPILE_FROM else _compiled()
+
+
 def _plain(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One window: the indices bin by bin, and where each bin ends."""
+    """For few lengths, which compiling would take longer for."""
     bins: list[list[int]] = []
     with_space: dict[int, list[list[int]]] = {}  # free space -> bins that have it
     spaces: list[int] = []  # keys of with_space, ascending
@@ -97,7 +112,8 @@ def _plain(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
                 with_space[space] = []
                 bisect.insort(spaces, space)
             with_space[space].append(chosen)
-    return np.array([i for chosen in bins for i in chosen]), np.cumsum([len(chosen) for chosen in bins])
+    order = np.array([i for chosen in bins for i in chosen], dtype=np.int64)
+    return order, np.cumsum([len(chosen) for chosen in bins], dtype=np.int64)
 
 
 @functools.cache
@@ -226,7 +242,7 @@ def write_packed(
     loss_tokens = 0
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, SCHEMA, **_WRITING) as writer:
             for begin in range(0, len(shuffled), ROW_GROUP):
                 group = shuffled[begin : begin + ROW_GROUP]
                 members = [order[bins[b] : bins[b + 1]] for b in group]

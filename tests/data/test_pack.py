@@ -107,10 +107,10 @@ def test_a_packing_by_hand():
 @settings(max_examples=300, deadline=None)  # the first compiles
 def test_the_compiled_form_does_what_the_plain_one_does(packing):
     lengths, size, _ = packing
-    if lengths:
-        lengths = np.array(lengths, dtype=np.int64)
-        for plain, compiled in zip(module._plain(lengths, size), module._compiled()(lengths, size), strict=True):
-            assert plain.tolist() == compiled.tolist()
+    lengths = np.array(lengths, dtype=np.int64)
+    for plain, compiled in zip(module._plain(lengths, size), module._compiled()(lengths, size), strict=True):
+        assert plain.dtype == compiled.dtype == np.int64
+        assert plain.tolist() == compiled.tolist()
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 1023, 1024, 1025, 4096, 8192, 32768, 131072])
