@@ -1,318 +1,476 @@
-"""Kind `chats`: chats rendered with the tokenizer's template, masked to what the assistant says, packed for SFT.
+"""Kind `chats`: chats in a tokenizer's ids, masked to what the assistant says and packed for SFT.
 
-Written in Megatron-Bridge's packed schema: a row is one pack, several chats one after the other, with `input_ids`
-list<int32>, `seq_start_id` list<int32> (where each chat begins) and `loss_mask` list<int8>.
+    training.idx.parquet, validation.idx.parquet    packs, as module pack says; none without chats
+    packing.json                                    what Megatron-Bridge wants to know of the packs beforehand
+    chats.json                                      what was counted
 
-The loss mask is shifted: loss_mask[k] says whether predicting token k + 1 from token k is learned. That is how
-Megatron-Bridge's own packing stores it and its reader takes it: of each chat of n tokens, the reader feeds ids 0..n-2,
-with ids 1..n-1 as labels and loss_mask 0..n-2 beside them. So the last token before an answer carries a 1, and the end
-of the answer's turn, which is learned like its text, carries none. (The reader must run with answer_only_loss, its
-default; else it ignores the mask.)
+The sources are read in pieces, several at a time: files, small ones together, and row groups of large Parquet files.
+What is made of a piece lies in spool/ until all is packed, with a receipt that is renamed into place last. An
+interrupted job goes on from there, to the same bytes.
+
+Each chat is one training sequence; one in which the assistant's thoughts are written down is one for each answered
+question. All of them fall into the same split, by the hash of the chat.
 """
 
-import bisect
 import json
-import random
-import re
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from itertools import batched
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import jinja2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from blake3 import blake3
+from xxhash import xxh3_64_intdigest
 
-from nemoflow.data.rows import Broken, Split, encodable, read, shards_of
-from nemoflow.data.tokenizer import Trained, load
+from nemoflow.data import conversation, plan
+from nemoflow.data.encode import ENGINES, Sample
+from nemoflow.data.lines import without_nulls
+from nemoflow.data.made import Made
+from nemoflow.data.masks import LEARNED, Masker
+from nemoflow.data.packed import write_packs
+from nemoflow.data.processes import Speed, in_processes
+from nemoflow.data.rows import Broken, read
+from nemoflow.data.shards import HashedFile
+from nemoflow.data.sources import Source, Unit, open_source
+from nemoflow.data.spool import SPLITS, SpoolWriter, sync
+from nemoflow.data.template import Template, Unusable
+from nemoflow.data.tokenizer import load
 from nemoflow.errors import NemoflowError
+from nemoflow.progress import EVERY, duration
+
+RESUMES = True
+"""The directory given to `make` may hold what an interrupted attempt finished."""
 
 FILES = {"train": "training.idx.parquet", "valid": "validation.idx.parquet"}
-SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "seq_start_id")]).append(
-    pa.field("loss_mask", pa.list_(pa.int8()))
-)
-_ROW_GROUP = 500
-"""Packs in a row group: what the reader loads to get at one of them."""
 
-_BATCH = 1000
-_BEGIN, _END = "\ufdd0", "\ufdd1"
-"""Marks around what the assistant says in a rendered chat: code points Unicode reserves for a program's own use."""
+_PIECE = 128 << 20
+"""Bytes of raw files in a piece: some ten seconds of work, which is what an interruption costs at most."""
 
+_SMALL = 256 << 10
+"""Bytes of raw files that the reference has encoded before a fast engine is loaded."""
 
-class _Generation(Extension):
-    """The block {% generation %} ... {% endgeneration %} of chat templates, rendered with a mark at either end."""
-
-    tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in (_BEGIN, _END))
-        return [begin, *body, end]
+_BATCH = 1 << 20
+"""Characters encoded at a time."""
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+class _Piece(NamedTuple):
+    """part: number of the source. number: of the piece in it. units: what it reads."""
+
+    part: int
+    number: int
+    units: list[Unit]
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """JSON without the HTML escapes of jinja2's own filter: what templates written for transformers expect."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+class _Rendered(NamedTuple):
+    """A sequence that waits to be encoded; row: (file, row)."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    split: str
+    uses: int
+    row: tuple[int, int]
 
 
-class Template:
-    """A tokenizer's chat template, rendered as transformers' apply_chat_template does.
-
-    Raises NemoflowError when it is no valid Jinja or lacks the {% generation %} marks that the loss mask is made from.
-    """
-
-    def __init__(self, tokenizer: Trained):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        try:
-            self._template = environment.from_string(tokenizer.chat_template)
-        except jinja2.TemplateError as error:
-            raise NemoflowError(f"{tokenizer.directory}: the chat template is not valid Jinja ({error})") from None
-        if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.chat_template):
-            raise NemoflowError(
-                f"{tokenizer.directory}: the chat template does not mark what the assistant says; put "
-                "{% generation %} and {% endgeneration %} around it"
-            )
-        roles = ("bos_token", "eos_token", "pad_token", "unk_token")
-        self._tokens = {role: tokenizer.special(role) for role in roles if tokenizer.special(role)}
-
-    def render(self, messages: list[dict], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
-        """The chat as text, and where in it the assistant speaks: (first character, one past the last).
-
-        Raises ValueError with the reason when the template does not take these messages.
-        """
-        try:
-            marked = self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=False, **self._tokens
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the messages ({error})") from None
-        outside, *spoken = marked.split(_BEGIN)
-        text, spans = outside, []
-        for part in spoken:
-            inside, _, outside = part.partition(_END)
-            spans.append((len(text), len(text) + len(inside)))
-            text += inside + outside
-        return text, spans
-
-
-def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of `lengths` put into bins of at most `size` by best fit decreasing, in the order the bins were opened.
-
-    Longest first, each goes into the fullest bin that has room (Johnson 1973); equal lengths keep their order. The
-    caller sees to it that no length exceeds `size`.
-    """
-    bins: list[list[int]] = []
-    with_space: dict[int, list[list[int]]] = {}  # free space -> bins that have it
-    spaces: list[int] = []  # keys of with_space, ascending
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        at = bisect.bisect_left(spaces, length)
-        if at < len(spaces):
-            space = spaces[at]
-            chosen = with_space[space].pop()
-            if not with_space[space]:
-                del with_space[space], spaces[at]
-        else:
-            space, chosen = size, []
-            bins.append(chosen)
-        chosen.append(index)
-        space -= length
-        if space:
-            if space not in with_space:
-                with_space[space] = []
-                bisect.insort(spaces, space)
-            with_space[space].append(chosen)
-    return bins
-
-
-class _Chats:
-    """The tokenized chats of one split: flat token and mask arrays, five bytes a token, and how often each is used."""
+class _Dropped(Broken):
+    """Rows left out: how many by reason, and for each reason [file, row, what is wrong] of the first."""
 
     def __init__(self) -> None:
-        self.ids = array("i")
-        self.mask = bytearray()
-        self.starts = array("q", [0])
-        self.repeats = array("i")
+        super().__init__()
+        self.firsts: dict[str, list] = {}
+        self.file = 0  # which is being read
+        self.unread = 0  # rows that are not even objects
 
-    def add(self, ids: list[int], mask: np.ndarray, repeat: int) -> None:
-        self.ids.extend(ids)
-        self.mask.extend(mask.tobytes())
-        self.starts.append(len(self.ids))
-        self.repeats.append(repeat)
+    def add(self, reason: str, place: str) -> None:
+        self.unread += 1
+        self.at(int(place.rpartition(" ")[2].rpartition(":")[2]), reason, reason)
 
-    def write(self, path: Path, pack_size: int, seed: int) -> dict:
-        """Pack, shuffle the packs and write them; the measures. Without chats no file is written."""
-        ids, mask = np.frombuffer(self.ids, dtype=np.int32), np.frombuffer(self.mask, dtype=np.int8)
-        starts = np.frombuffer(self.starts, dtype=np.int64)
-        uses = np.repeat(np.arange(len(self.repeats)), np.frombuffer(self.repeats, dtype=np.int32)).tolist()
-        order = random.Random(seed)
-        order.shuffle(uses)  # so that the repeats of a chat, equally long, are not packed side by side
-        sizes = np.diff(starts)
-        lengths = sizes[uses].tolist() if uses else []
-        packs = [[uses[i] for i in members] for members in pack(lengths, pack_size)]
-        order.shuffle(packs)  # packing leaves the longest chats first
-        if packs:
-            with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-                for group in batched(packs, _ROW_GROUP):
-                    writer.write_table(_table(group, ids, mask, starts), row_group_size=_ROW_GROUP)
-        tokens = sum(lengths)
-        return {
-            "chats": len(uses),
-            "tokens": tokens,
-            "loss_tokens": int(sum(int(mask[starts[i] : starts[i + 1]].sum()) for i in uses)),
-            "packs": len(packs),
-            "fill": round(tokens / (len(packs) * pack_size), 6) if packs else 0,
+    def at(self, row: int, reason: str, detail: str) -> None:
+        """Count one row of the file that is being read."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.firsts.setdefault(reason, [self.file, row, detail])
+
+
+class _Counted:
+    """Sequences on their way to the spool, cut to size and counted."""
+
+    def __init__(self, spool: SpoolWriter, fits: int, too_long: str):
+        self._spool, self._fits, self._too_long = spool, fits, too_long
+        names = ("rows", "filtered", "unchosen", "chats", "too_long", "nothing_to_learn", "by_reference", "bytes")
+        self.counts = dict.fromkeys(names, 0)
+        self.splits = {name: {"chats": 0, "uses": 0, "tokens": 0} for name in SPLITS}
+        self.lengths = np.zeros(32, np.int64)
+
+    def add(self, tokens: np.ndarray, split: str, uses: int) -> None:
+        """One sequence as it was encoded."""
+        if len(tokens) <= self._fits:
+            self._keep(tokens, split, uses)
+            return
+        self.counts["too_long"] += 1
+        if self._too_long == "drop":
+            return
+        # A piece begins with the token that the one before ends with: so each token is predicted in one of them.
+        step = self._fits - 1
+        for first in range(0, len(tokens) - 1 if self._too_long == "split" else 1, step):
+            piece = tokens[first : first + self._fits].copy()
+            piece[-1] &= ~LEARNED  # what comes next is not in it
+            self._keep(piece, split, uses)
+
+    def _keep(self, tokens: np.ndarray, split: str, uses: int) -> None:
+        if len(tokens) < 2 or not (tokens >= LEARNED).any():
+            self.counts["nothing_to_learn"] += 1
+            return
+        self._spool.add(tokens, split, uses)
+        self.splits[split]["uses"] += uses
+        self.splits[split]["tokens"] += uses * len(tokens)
+
+
+class _Work:
+    """What the pieces of a job have in common, and how one is made."""
+
+    def __init__(
+        self,
+        payload: dict,
+        sources: list[Source],
+        pieces: list[_Piece],
+        template: Template,
+        masker: Masker,
+        spools: Path,
+    ):
+        self._payload, self._sources, self._pieces, self._spools = payload, sources, pieces, spools
+        self._template, self._masker = template, masker
+        self._valid_below = math.ceil(Fraction(payload["valid"]) * 2**64)
+        self._repeats = [Fraction(part.get("repeat", "1")) for part in payload["parts"]]
+
+    def make(self, number: int, count: Callable[[int, int, int], None]) -> None:
+        """Write the spool of one piece, and its receipt. `count` is told of sequences, bytes of text and tokens."""
+        piece = self._pieces[number]
+        source = self._sources[piece.part]
+        spool = SpoolWriter(self._spools, number, [self._payload["seed"], piece.part, piece.number])
+        made = _Counted(spool, self._payload["pack_size"] + 1, self._payload["too_long"])
+        dropped = _Dropped()
+        sample = Sample()
+        for batch in self._batches(piece, dropped, made):
+            masked = self._masker.mask(
+                [r.text for r in batch], [r.spans for r in batch], sample, lambda i, b=batch: b[i].row
+            )
+            at = 0
+            for rendered, length in zip(batch, masked.lengths.tolist(), strict=True):
+                made.add(masked.tokens[at : at + length], rendered.split, rendered.uses)
+                at += length
+            made.lengths += np.bincount(np.frexp(masked.lengths)[1].clip(1) - 1, minlength=32)
+            made.counts["by_reference"] += masked.by_reference
+            made.counts["bytes"] += masked.size
+            count(len(batch), masked.size, at)
+        if (row := self._masker.differing(sample)) is not None:
+            raise NemoflowError(
+                f"{source.place(*row)}: {self._masker.engine} gives this chat other ids than tokenizers does; set "
+                "tokenizer.engine: tokenizers, and tell the makers"
+            )
+        receipt = {
+            "piece": number,
+            **made.counts,
+            "splits": made.splits,
+            "lengths": made.lengths.tolist(),
+            "dropped": dropped.reasons,
+            "firsts": dropped.firsts,
+            "files": spool.finish(),
         }
+        _write(_receipt_path(self._spools, number), receipt)
 
+    def _batches(self, piece: _Piece, dropped: _Dropped, made: _Counted) -> Iterator[list[_Rendered]]:
+        """The sequences of a piece, about _BATCH characters at a time."""
+        batch, size = [], 0
+        for rendered in self._sequences(piece, dropped, made):
+            batch.append(rendered)
+            size += len(rendered.text)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
-def _table(packs: Sequence[list[int]], ids: np.ndarray, mask: np.ndarray, starts: np.ndarray) -> pa.Table:
-    """The rows of some packs, each a list of chats; chat i is ids[starts[i]:starts[i + 1]]."""
-    members = [i for chats in packs for i in chats]
-    lengths = np.diff(starts)[members]
-    chat_offsets = np.cumsum([0, *(len(chats) for chats in packs)])
-    token_ends = np.concatenate([[0], np.cumsum(lengths)])
-    token_offsets = token_ends[chat_offsets]
-    begins = token_ends[:-1] - np.repeat(token_offsets[:-1], np.diff(chat_offsets))
-
-    def column(values: np.ndarray, offsets: np.ndarray, type_: pa.DataType) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, type_))
-
-    def joined(flat: np.ndarray) -> np.ndarray:
-        return np.concatenate([flat[starts[i] : starts[i + 1]] for i in members])
-
-    return pa.Table.from_arrays(
-        [
-            column(joined(ids), token_offsets, pa.int32()),
-            column(begins, chat_offsets, pa.int32()),
-            column(joined(mask), token_offsets, pa.int8()),
-        ],
-        schema=SCHEMA,
-    )
-
-
-def _messages(row: dict) -> list[dict]:
-    """The chat in a row; ValueError with the reason when there is none."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' is not a non-empty list")
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise ValueError("'messages' has an entry without a role")
-    return messages
-
-
-class _Reader:
-    """Reads, renders, tokenizes and masks chats, and counts what is left out."""
-
-    def __init__(self, tokenizer: Trained, pack_size: int, too_long: str):
-        self._template = Template(tokenizer)
-        self._engine = tokenizer.engine
-        # As they are spelled inside JSON, which is what is searched.
-        reserved = [json.dumps(text, ensure_ascii=False)[1:-1] for text in (*tokenizer.control_strings, _BEGIN, _END)]
-        self._reserved = re.compile("|".join(map(re.escape, reserved)))
-        self._pack_size = pack_size
-        self._too_long = too_long
-        self.broken = Broken()
-        self.rows = 0
-        self.truncated = 0
-        self.left_out = {"control_strings": 0, "nothing_to_learn": 0, "too_long": 0}
-
-    def _rendered(self, source: Path) -> Iterator[tuple[bytes, str, list[tuple[int, int]]]]:
-        for shard in shards_of(source):
-            for place, _, row in read(shard, self.broken):
-                try:
-                    messages = _messages(row)
-                    content = json.dumps([messages, row.get("tools")], ensure_ascii=False, sort_keys=True)
-                    encodable(content, "messages")
-                    control = self._reserved.search(content)
-                    text, spans = self._template.render(messages, row.get("tools"))
-                except ValueError as error:
-                    self.broken.add(str(error), place)
+    def _sequences(self, piece: _Piece, dropped: _Dropped, made: _Counted) -> Iterator[_Rendered]:
+        source, part = self._sources[piece.part], self._payload["parts"][piece.part]
+        field, used_in = part.get("field", "messages"), self._payload.get("used_in")
+        for unit in piece.units:
+            dropped.file = unit[0]
+            for file, at, row in read(source, [unit], dropped):
+                made.counts["rows"] += 1
+                if used_in is not None and not conversation.wanted(row, used_in):
+                    made.counts["filtered"] += 1
                     continue
-                self.rows += 1
-                if control:
-                    # Rendered, it became a control token: a turn that the user's text began or ended.
-                    self.left_out["control_strings"] += 1
-                else:
-                    yield content.encode(), text, spans
-
-    def chats(self, source: Path) -> Iterator[tuple[bytes, list[int], np.ndarray]]:
-        """Each usable chat as (content, ids, shifted loss mask as int8 of the same length)."""
-        for batch in batched(self._rendered(source), _BATCH):
-            # The whole chat at once: pieces tokenized apart would meet at other token boundaries than at inference.
-            encodings = self._engine.encode_batch([text for _, text, _ in batch], add_special_tokens=False)
-            for (content, _, spans), encoding in zip(batch, encodings, strict=True):
-                ids = encoding.ids
-                mask = _shifted_mask(encoding.offsets, spans)
-                if len(ids) > self._pack_size:
-                    if self._too_long == "drop":
-                        self.left_out["too_long"] += 1
+                if source.format == "parquet":
+                    row = {key: without_nulls(row.get(key)) for key in (field, "tools")}
+                try:
+                    chat = conversation.conversation(row, field, self._template)
+                    split, uses = self._share(chat.content, self._repeats[piece.part])
+                    if not uses:
+                        made.counts["unchosen"] += 1
                         continue
-                    self.truncated += 1
-                    ids, mask = ids[: self._pack_size], mask[: self._pack_size]
-                    mask[-1] = 0  # its label was cut off
-                if mask.any():
-                    yield content, ids, mask
-                else:
-                    self.left_out["nothing_to_learn"] += 1
+                    rendered = [
+                        _Rendered(*self._template.render(s.messages, chat.tools, s.answers), split, uses, (file, at))
+                        for s in conversation.sequences(chat.messages)
+                    ]
+                except Unusable as error:
+                    dropped.at(at, error.reason, str(error))
+                    continue
+                made.splits[split]["chats"] += 1
+                yield from rendered
+        made.counts["rows"] += dropped.unread
+
+    def _share(self, content: bytes, repeat: Fraction) -> tuple[str, int]:
+        """The split a chat is in, and how often it is used there."""
+        if xxh3_64_intdigest(content) < self._valid_below:
+            return "valid", 1
+        # By other bits than the split, or it would be the same chats that are left out and that are held out.
+        return "train", int(repeat) + (xxh3_64_intdigest(content, 1) < math.ceil(repeat % 1 * 2**64))
 
 
-def _shifted_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """int8 [tokens]: 1 where the *next* token has a character that the assistant says."""
-    begin, end = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    spoken = np.zeros(len(offsets) + 1, dtype=np.int8)
-    for first, past in spans:
-        spoken[:-1] |= (begin < past) & (end > first)
-    return spoken[1:]
+def _write(path: Path, record: dict) -> dict:
+    """Write JSON, whole or not at all; returns the file as HashedFile.finish does."""
+    file = HashedFile(path)
+    file.write((json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    return file.finish()
 
 
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
-    """Write training.idx.parquet and validation.idx.parquet from inputs["sources"], with inputs["tokenizer"].
+def _receipt_path(spools: Path, number: int) -> Path:
+    return spools / f"{number:05d}.json"
 
-    `payload` is {"pack_size": tokens, "valid": share as an exact fraction, "seed", "too_long": "drop" or "truncate",
-    "max_broken", "parts": [{"source", "repeat"}]}, parts in the order of the sources. A chat's split depends on its
-    content alone; repeats are for training, validation sees each chat once. A split without chats is not written.
 
-    Returns {"train", "validation": {"chats", "tokens", "loss_tokens", "packs", "fill"}, "left_out": chats by reason,
-    "truncated", "broken": rows by reason, "pack_size"}.
+def _read(path: Path) -> dict | None:
+    """A receipt, when it and the files it tells of are all there."""
+    try:
+        receipt = json.loads(path.read_bytes())
+        whole = all((path.parent / file["name"]).stat().st_size == file["size"] for file in receipt["files"])
+    except (OSError, ValueError):
+        return None
+    return receipt if whole else None
 
-    Raises NemoflowError when more than `max_broken` of the rows are no chats, or nothing is left to train on.
+
+def _pieces(sources: list[Source]) -> list[_Piece]:
+    """The work in pieces of about _PIECE bytes, which depend on the files alone."""
+    found = []
+    for part, source in enumerate(sources):
+        sizes = [source.path(number).stat().st_size for number in range(source.count)]
+        groups = {
+            n: _row_groups(source, n) for n, size in enumerate(sizes) if source.format == "parquet" and size > _PIECE
+        }
+        shards = plan.shards(sizes, groups, _PIECE)
+        found += [_Piece(part, number, [tuple(unit) for unit in units]) for number, units in enumerate(shards)]
+    return found
+
+
+def _row_groups(source: Source, number: int) -> list[tuple[int, int]]:
+    """Rows and compressed bytes of each row group of a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(source.path(number))
+    except (OSError, pa.ArrowException) as error:
+        raise NemoflowError(f"{source.origin(number)}: cannot be read as parquet ({error}); repair the file") from None
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [(g.num_rows, sum(g.column(i).total_compressed_size for i in range(g.num_columns))) for g in groups]
+
+
+def _check_dropped(source: Source, receipts: list[dict], max_broken: str) -> None:
+    """Raise NemoflowError naming the worst file when more than the share `max_broken` of a source's rows is unusable.
+
+    Rows that `used_in` leaves out do not count.
     """
-    tokenizer = load(inputs["tokenizer"])
-    reader = _Reader(tokenizer, payload["pack_size"], payload["too_long"])
-    split = Split(payload["valid"])
-    chats = {name: _Chats() for name in FILES}
-    for source, part in zip(inputs["sources"], payload["parts"], strict=True):
-        for content, ids, mask in reader.chats(source):
-            name = split.of(content)
-            chats[name].add(ids, mask, part.get("repeat", 1) if name == "train" else 1)
-        progress(f"{source.name}: {reader.rows:,} chats so far")
-    reader.broken.check(reader.rows + reader.broken.count, payload["max_broken"])
-    if not chats["train"].repeats:
-        raise NemoflowError(
-            f"{inputs['sources'][0]}: no chat to train on is left ({reader.left_out}); the corpus is empty"
-        )
-    train, validation = (
-        chats[name].write(out / FILES[name], payload["pack_size"], payload["seed"]) for name in ("train", "valid")
+    rows = sum(r["rows"] - r["filtered"] for r in receipts)
+    dropped = sum(sum(r["dropped"].values()) for r in receipts)
+    if dropped <= Fraction(max_broken) * rows:
+        return
+    worst = max(receipts, key=lambda r: Fraction(sum(r["dropped"].values()), max(r["rows"] - r["filtered"], 1)))
+    file, row, detail = worst["firsts"][max(worst["dropped"], key=worst["dropped"].get)]
+    raise NemoflowError(
+        f"{source.place(file, row)}: {detail} (of {rows:,} chats {dropped:,} are unusable; max_broken allows "
+        f"{max_broken}; here is most of it: {', '.join(f'{n:,} {r}' for r, n in sorted(worst['dropped'].items()))}). "
+        "Repair the data, or raise max_broken to leave such chats out"
     )
-    progress(f"{train['chats']:,} chats in {train['packs']:,} packs, {train['fill']:.1%} full")
+
+
+def _measures(payload: dict, by_part: list[list[dict]], packed: dict[str, dict]) -> dict:
+    """What `make` returns."""
+
+    def dropped(receipts: list[dict]) -> dict[str, int]:
+        return dict(sorted(sum((Counter(r["dropped"]) for r in receipts), Counter()).items()))
+
+    def total(receipts: list[dict], *names: str) -> dict[str, int]:
+        return {name: sum(r[name] for r in receipts) for name in names}
+
+    def chats(receipts: list[dict], split: str) -> int:
+        return sum(r["splits"][split]["chats"] for r in receipts)
+
+    every = [receipt for receipts in by_part for receipt in receipts]
+    counted = ("rows", "filtered", "unchosen", "too_long", "nothing_to_learn")
+    parts = []
+    for receipts in by_part:
+        firsts: dict[str, list] = {}
+        for receipt in receipts:
+            for reason, (file, row, _) in receipt["firsts"].items():
+                firsts.setdefault(reason, [file, row])
+        splits = {
+            split: {
+                "chats": chats(receipts, split),
+                "sequences": sum(r["splits"][split]["uses"] for r in receipts),
+                "tokens": sum(r["splits"][split]["tokens"] for r in receipts),
+            }
+            for split in SPLITS
+        }
+        parts.append(
+            {
+                **total(receipts, *counted),
+                "dropped": dropped(receipts),
+                "first_dropped": dict(sorted(firsts.items())),
+                "train": splits["train"],
+                "validation": splits["valid"],
+            }
+        )
     return {
-        "train": train,
-        "validation": validation,
-        "left_out": reader.left_out,
-        "truncated": reader.truncated,
-        "broken": reader.broken.measures(),
+        "train": {"chats": chats(every, "train"), **packed["train"]},
+        "validation": {"chats": chats(every, "valid"), **packed["valid"]},
         "pack_size": payload["pack_size"],
+        **total(every, *counted, "by_reference", "bytes"),
+        "dropped": dropped(every),
+        "lengths": np.sum([r["lengths"] for r in every], axis=0, dtype=int).tolist(),
+        "sources": parts,
     }
+
+
+def _said(progress: Callable[[str], None], tokens: int) -> Callable[[int], None]:
+    """Shows now and then how much of `tokens` is packed, being told as it is."""
+    begun = shown = time.monotonic()
+    done = 0
+
+    def say(more: int) -> None:
+        nonlocal shown, done
+        done += more
+        now = time.monotonic()
+        if now - shown >= EVERY:
+            shown = now
+            rate = done / (now - begun)
+            left = duration((tokens - done) / rate)
+            progress(f"{done:,}/{tokens:,} tokens packed; {rate / 1e6:.1f} Mtokens/s, {left} left")
+
+    return say
+
+
+def _packing(size: int, found: dict) -> dict:
+    """What Megatron-Bridge's own packing writes down of a split (create_packing_strategy of 0.6.2)."""
+    return {
+        "dataset_max_seqlen": found["longest"],
+        "max_samples_per_bin": found["most"],
+        "packing_factor": round(found["sequences"] / found["packs"], 2),
+        "packing_efficiency": round(100 * found["fill"], 2),
+        "pack_size": size,
+        "min_packed_seqlen": found["least"],
+    }
+
+
+def make(
+    payload: dict,
+    inputs: dict,
+    out: Path,
+    progress: Callable[[str], None],
+    threads: int = 1,
+    launch: dict | None = None,
+) -> Made:
+    """Write the packs of inputs["sources"] in the ids of inputs["tokenizer"], in up to `threads` processes.
+
+    `payload` is {"parts": [{"source", "repeat": how often a chat is used in training, an exact fraction, "1" by
+    default, "field": where the messages are, "messages" by default}], in the order of the sources; "pack_size" in
+    positions; "valid": share of the chats held out, an exact fraction; "seed"; "too_long": what becomes of sequences
+    that do not fit in a pack, "drop", "truncate" or "split"; "pad_multiple": of what each sequence's positions must be
+    a multiple; "max_broken": share of the chats of a source that may be unusable}, and where wanted "template": the
+    text of a chat template, in place of the tokenizer's; "used_in": only chats whose `used_in` names this; "window":
+    sequences packed at a time. `launch` may name the "engine". Bytes depend on none but payload and inputs.
+
+    Returns as measures {"train", "validation": {"chats", each once, and what packed.write_packs counts}, "pack_size",
+    "rows" read, of these "filtered" by used_in, "unchosen" by a repeat below one, "dropped": {reason: rows};
+    sequences "too_long" and with "nothing_to_learn" (pieces, where they were split), "by_reference"; "bytes" of text,
+    "lengths": sequences of 2**k tokens or more but not 2**(k + 1), for k from 0 to 31, before they were cut;
+    "sources": for each part the same, and "first_dropped": {reason: [file, row]}}.
+
+    Raises NemoflowError when a file cannot be read, the template does not show where the assistant speaks, more than
+    `max_broken` of a source's chats are unusable, nothing is left to train on, or the engine is found to differ from
+    the reference.
+    """
+    size, multiple = payload["pack_size"], payload["pad_multiple"]
+    if size % multiple:
+        raise NemoflowError(
+            f"pack_size: {size} is not a multiple of pad_multiple, {multiple}, to which context and sequence "
+            f"parallelism need every sequence padded; {-(-size // multiple) * multiple} is"
+        )
+    spools, record = out / "spool", out / "chats.json"
+    if (done := _read(record)) is None:
+        spools.mkdir(exist_ok=True)
+        for path in out.iterdir():
+            if path != spools:
+                path.unlink()
+        measures, files = _make(payload, inputs, out, spools, progress, threads, launch or {})
+        _write(record, {"measures": measures, "files": files})
+        sync(out)
+        done = _read(record)
+    shutil.rmtree(spools, ignore_errors=True)
+    content = record.read_bytes()
+    own = {"name": record.name, "size": len(content), "blake3": blake3(content).hexdigest()}
+    return Made(done["measures"], sorted([*done["files"], own], key=lambda file: file["name"]))
+
+
+def _make(
+    payload: dict, inputs: dict, out: Path, spools: Path, progress: Callable[[str], None], threads: int, launch: dict
+) -> tuple[dict, list[dict]]:
+    tokenizer = load(inputs["tokenizer"])
+    sources = [open_source(directory) for directory in inputs["sources"]]
+    given = payload.get("template")
+    template = Template(given or tokenizer.chat_template, tokenizer, "template" if given else str(tokenizer.directory))
+    pieces = _pieces(sources)
+    receipts = {n: found for n in range(len(pieces)) if (found := _read(_receipt_path(spools, n)))}
+    _remove_all_but(spools, receipts)
+    todo = [n for n in range(len(pieces)) if n not in receipts]
+    if todo:
+        size = sum(source.path(n).stat().st_size for source in sources for n in range(source.count))
+        engine = "tokenizers" if size < _SMALL else launch.get("engine", ENGINES[0])
+        work = _Work(payload, sources, pieces, template, Masker(tokenizer, engine, progress), spools)
+        try:
+            for n in in_processes(work.make, todo, threads, Speed(progress, len(pieces), len(receipts))):
+                receipts[n] = _read(_receipt_path(spools, n))
+        except BaseException:
+            _remove_all_but(spools, receipts)  # it may be what filled the disk
+            raise
+    by_part = [[receipts[n] for n, piece in enumerate(pieces) if piece.part == i] for i in range(len(sources))]
+    for source, own in zip(sources, by_part, strict=True):
+        _check_dropped(source, own, payload["max_broken"])
+    packed, files, packing = {}, [], []
+    for split, name in FILES.items():
+        uses, tokens = (
+            sum(receipts[n]["splits"][split][key] for n in range(len(pieces))) for key in ("uses", "tokens")
+        )
+        packed[split], made = write_packs(
+            out / name, spools, range(len(pieces)), split, uses, tokens, payload, tokenizer.eod, _said(progress, tokens)
+        )
+        files += made
+        packing += [_packing(payload["pack_size"], packed[split])] if made else []
+    measures = _measures(payload, by_part, packed)
+    if not packed["train"]["sequences"]:
+        left = {k: measures[k] for k in ("rows", "filtered", "unchosen", "too_long", "nothing_to_learn", "dropped")}
+        raise NemoflowError(f"{sources[0].directory}: no chat to train on is left ({left})")
+    files.append(_write(out / "packing.json", packing))
+    train = measures["train"]
+    progress(f"{train['sequences']:,} sequences in {train['packs']:,} packs, {train['fill']:.2%} full")
+    return measures, files
+
+
+def _remove_all_but(spools: Path, receipts: dict[int, dict]) -> None:
+    """Remove what belongs to no finished piece."""
+    keep = {file["name"] for receipt in receipts.values() for file in receipt["files"]}
+    keep.update(_receipt_path(spools, number).name for number in receipts)
+    for path in spools.iterdir():
+        if path.name not in keep:
+            path.unlink()
