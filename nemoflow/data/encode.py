@@ -12,7 +12,7 @@ What keeps gigatoken exact:
   * It knows a later Unicode than the reference, in which 4,699 more code points are letters or marks. Documents with
     one of these go to the reference (found by comparing both over all of Unicode; a test does it again).
   * A document that spells a control token is found by the id, and encoded again without that token. A second
-    gigatoken that knows none does this; the reference, while there are few of them.
+    gigatoken that knows none does this; the reference, where there are few of them.
   * Whoever uses it has a sample of each shard read by both (`Sample`).
 
 The reference is also quicker for less text than takes as long as to load gigatoken. gigatoken's cache of words grows
@@ -177,7 +177,7 @@ class Encoder:
 
     `engine` is one of ENGINES; `control` says whether text that spells a control token becomes it ("control") or stays
     text ("plain"); `end` is the id to append to each text, if any. `progress` is told when the engine is not the one
-    asked for; `engine` is then the one in use.
+    asked for; `engine` is then the one in use. `much` says that a lot of text will come.
     """
 
     def __init__(
@@ -187,6 +187,7 @@ class Encoder:
         control: str = "plain",
         end: int | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        much: bool = False,
     ):
         if engine not in ENGINES:
             raise NemoflowError(f"tokenizer.engine: {engine!r} is unknown; known: {', '.join(ENGINES)}")
@@ -206,7 +207,7 @@ class Encoder:
         self._separator = _separator(self._separator_id, added)
         self._fast: _Gigatoken | None = None
         self._fast_plain: _Gigatoken | None = None
-        self._spelled_bytes = 0
+        self._spelled_bytes = _LOADING if much else 0
         if engine == "gigatoken":
             try:
                 self._start()

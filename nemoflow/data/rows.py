@@ -9,7 +9,6 @@ time, or as many rows of a row group.
 """
 
 import hashlib
-import io
 import json
 import math
 import sys
@@ -204,30 +203,39 @@ def _text_file(path: Path) -> str:
         return _Bad("not UTF-8")
 
 
-def _chunks(source: Source, number: int) -> Iterator[tuple[int, np.ndarray, bytes]]:
-    """A file's lines some at a time: the number of the first, from 1, where each ends, and the lines as they are."""
-    path, at = source.path(number), 1
-    with _open(path, source.format) as lines:
-        while chunk := lines.read(_CHUNK):
-            if not chunk.endswith(b"\n"):
-                rest = lines.readline(_LONGEST)
-                if len(rest) == _LONGEST and not rest.endswith(b"\n"):
+def _chunks(source: Source, number: int) -> Iterator[tuple[int, np.ndarray, memoryview]]:
+    """A file's lines some at a time: the number of the first, from 1, where each ends, and the lines as they are.
+
+    The lines are good until the next are asked for: all are read into the same memory.
+    """
+    at, held, content = 1, 0, np.empty(_CHUNK, np.uint8)
+    with _open(source.path(number), source.format) as file:
+        while True:
+            if held == len(content):
+                if held >= _LONGEST:
                     raise EOFError(f"a line of more than {_LONGEST:,} bytes")
-                chunk += rest
-            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-            if not chunk.endswith(b"\n"):
-                ends = np.append(ends, len(chunk))
-            yield at, ends, chunk
-            at += len(ends)
+                content = np.append(content, np.empty_like(content))
+            got = file.readinto(memoryview(content)[held:])
+            found = np.flatnonzero(content[held : held + got] == ord("\n")) + held
+            held += got
+            if not got and held:
+                found = np.append(found, held)  # the last line has no end
+            if len(found):
+                yield at, found, memoryview(content)[: found[-1] + 1][:held]
+                at += len(found)
+                rest = content[found[-1] + 1 : held].copy()
+                content[: len(rest)], held = rest, len(rest)
+            if not got:
+                return
 
 
-def _open(path: Path, format_: str) -> io.BufferedReader:
+def _open(path: Path, format_: str) -> Any:
+    """A file of lines, unpacked, to be read by `readinto`."""
     if format_ == "jsonl":
-        return path.open("rb", _CHUNK)
+        return path.open("rb", 0)
     import pyarrow as pa
 
-    compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_]
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
+    return pa.input_stream(str(path), compression={"jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_])
 
 
 def _objects(first: int, ends: np.ndarray, chunk: bytes, decoder: msgspec.json.Decoder) -> tuple[Sequence[int], list]:
@@ -238,7 +246,7 @@ def _objects(first: int, ends: np.ndarray, chunk: bytes, decoder: msgspec.json.D
             return range(first, first + len(found)), found
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
-    rows = [(row, line) for row, line in enumerate(chunk.split(b"\n"), first) if line.strip()]
+    rows = [(row, line) for row, line in enumerate(bytes(chunk).split(b"\n"), first) if line.strip()]
     return [row for row, _ in rows], [_object(line, decoder) for _, line in rows]
 
 

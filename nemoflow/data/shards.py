@@ -54,6 +54,9 @@ _LONGEST = 2**31 - 1
 _SMALL = 256 << 10
 """Bytes of files that the reference has encoded before a fast engine is loaded."""
 
+_MUCH = 64 << 20
+"""Bytes of files in which some documents spell control tokens, as a rule."""
+
 _STEP = 1 << 20
 """Numbers taken at once from an index that is as long as there are documents."""
 
@@ -345,10 +348,10 @@ def make(
     dtype = id_type(tokenizer.vocab_size)
     if todo:
         files = {unit[0] for number in todo for unit in payload["shards"][number - payload["first"]]}
-        small = sum(source.path(file).stat().st_size for file in files) < _SMALL
-        engine = "tokenizers" if small else (launch or {}).get("engine", ENGINES[0])
+        size = sum(source.path(file).stat().st_size for file in files)
+        engine = "tokenizers" if size < _SMALL else (launch or {}).get("engine", ENGINES[0])
         end = tokenizer.eod if payload["append_eod"] else None
-        encoder = Encoder(tokenizer, engine, payload["control_strings"], end, progress)
+        encoder = Encoder(tokenizer, engine, payload["control_strings"], end, progress, size > _MUCH)
         work = _Work(payload, source, encoder, dtype, out)
         try:
             for n in in_processes(work.make, todo, threads, Speed(progress, len(numbers), len(receipts))):
