@@ -222,7 +222,7 @@ def make_index(server: Server, data: Path, directory: Path, blend: Path, samples
     return {"blend": str(blend), "cache": str(directory / "cache"), "samples": samples}
 
 
-def pretrain(server: Server, data: Path, directory: Path, blend=(("a", "1/2"), ("b", "1/2")), **request) -> Run:
+def pretrain(server: Server, data: Path, directory: Path, /, blend=(("a", "1/2"), ("b", "1/2")), **request) -> Run:
     """A trajectory that reads the index of its blend, made on first use; many trajectories share one."""
     defaults = {
         "kind": "pretrain",
@@ -234,18 +234,21 @@ def pretrain(server: Server, data: Path, directory: Path, blend=(("a", "1/2"), (
         "stop": 24,
     }
     request = defaults | request
+    if "data" not in request:
+        request["data"] = index_of(server, data, blend, request)
+    return Run(server, directory, **request)
+
+
+def index_of(server: Server, data: Path, blend, request: dict) -> dict:
+    """The index of a pretraining request's stage, made unless another has made it."""
     overrides = request["overrides"]
     samples = (request["horizon"] - request["start"]) * overrides["train.global_batch_size"]
-    index = data / "index" / canonical_name([blend, samples, index_overrides(overrides)])
+    identity = json.dumps([blend, samples, index_overrides(overrides)], sort_keys=True).encode()
+    index = data / "index" / hashlib.sha256(identity).hexdigest()[:12]
+    place = make_blend(data, blend)
     if (index / "index.json").exists():
-        made = {"blend": str(make_blend(data, blend)), "cache": str(index / "cache"), "samples": samples}
-    else:
-        made = make_index(server, data, index, make_blend(data, blend), samples, overrides)
-    return Run(server, directory, **{"data": made} | request)
-
-
-def canonical_name(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+        return {"blend": str(place), "cache": str(index / "cache"), "samples": samples}
+    return make_index(server, data, index, place, samples, overrides)
 
 
 def sft(server: Server, data: Path, directory: Path, checkpoint: Path, **request) -> Run:

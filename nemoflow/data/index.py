@@ -10,6 +10,7 @@ The engine's own program makes them (its `index_command`), so that training find
 import collections
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -91,10 +92,11 @@ def _checked_epochs(payload: dict, length: int | None, blend: Path, launch: dict
     worst = max(parts, key=lambda part: read[part["source"]])
     if (often := read[worst["source"]]) > limit:
         own, share = worst["tokens"]["train"], Fraction(worst["share"])
+        times, most = math.ceil(often * 1000) / 1000, math.floor(limit * own / tokens * 10000) / 10000
         raise NemoflowError(
-            f"data.blend.{worst['source']}: would be read {float(often):.2f} times, and max_epochs is {limit}: the "
+            f"data.blend.{worst['source']}: would be read {times} times, and max_epochs is {limit}: the "
             f"stage reads {tokens:,} tokens, {float(share * tokens):,.0f} of them from this source (share {share}), "
-            f"which has {own:,}; give it a share of at most {float(limit * own / tokens):.4f}, raise data.max_epochs, "
+            f"which has {own:,}; give it a share of at most {most}, raise data.max_epochs, "
             "or train on fewer tokens"
         )
     return read
