@@ -44,12 +44,14 @@ def lock(recipe: str, path: Path) -> tuple[int, int]:
     return len(sources), sum(len(entry.files) for entry in entries.values())
 
 
-def timed(where: Path, *arguments: str) -> tuple[float, str]:
-    """Seconds that Snakemake took, and what it printed."""
-    begun = time.perf_counter()
+def timed(where: Path, *arguments: str) -> tuple[dict[str, float], str]:
+    """Seconds that Snakemake took, by the clock and of the processor, and what it printed."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(BASE / "Snakefile"), *arguments]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True)
-    seconds = time.perf_counter() - begun
+    wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = {"wall": round(wall, 1), "cpu": round(cpu, 1)}
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return seconds, done.stdout + done.stderr
@@ -80,12 +82,12 @@ def main() -> None:
         (where / "config/blends").symlink_to(BASE / "config/blends")
         (where / f"config/recipes/{recipe}.yaml").symlink_to(RECIPES[0] / f"{recipe}.yaml")
         sources, files = lock(recipe, where / f"config/recipes/{recipe}.lock.json")
-        results = {"sources": sources, "files": files}
-        results["plan_seconds"], text = timed(where, "-n", name)
+        results: dict = {"sources": sources, "files": files}
+        results["plan"], text = timed(where, "-n", name)
         results["jobs"] = text.count(": new")
         finish(where, name)
-        results["nothing_to_do_seconds"], text = timed(where, name)  # makes the name itself, once
-        results["nothing_to_do_seconds"], text = timed(where, name)
+        results["nothing_to_do"], text = timed(where, name)  # makes the name itself, once
+        results["nothing_to_do"], text = timed(where, name)
         if "Nothing to be done" not in text:
             sys.exit(text)
         results["peak_megabytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6

@@ -53,5 +53,10 @@ def canonical(value: Any) -> str:
 
 
 def identity(payload: dict) -> str:
-    """The first IDENTITY_DIGITS hex digits of the SHA-256 of the payload's canonical text."""
-    return hashlib.sha256(canonical(payload).encode()).hexdigest()[:IDENTITY_DIGITS]
+    """The identity of a payload: that of its canonical text."""
+    return identity_of(canonical(payload))
+
+
+def identity_of(text: str) -> str:
+    """The first IDENTITY_DIGITS hex digits of the SHA-256 of a canonical text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:IDENTITY_DIGITS]

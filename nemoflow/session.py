@@ -74,7 +74,7 @@ class Session:
         """The artifacts that a stage's rule waits for: what it reads, and the wanted state before `at`."""
         stage = self.store.load(identity)
         found = [Target(*read).artifact for read in stage.reads()]
-        earlier = [n for n in self._requested_states(identity) if at is not None and n < at]
+        earlier = [] if at is None else [n for n in self._requested_states(identity) if n < at]
         return [*found, Target(stage, max(earlier)).artifact] if earlier else found
 
     def _requested_states(self, identity: str) -> set[int]:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nemoflow import kinds
-from nemoflow.canonical import canonical, identity
+from nemoflow.canonical import canonical, identity_of
 from nemoflow.errors import NemoflowError
 
 SCHEMA = 1
@@ -119,16 +119,20 @@ class Store:
     def __init__(self, root: Path | str):
         self.root = Path(root)
         self._loaded: dict[str, Stage] = {}
+        self._texts: dict[str, str] = {}  # canonical: finding it takes a while for a source of ten thousand files
+        self._frozen: set[str] = set()
 
     def stage_file(self, identity: str) -> Path:
         return self.root / ".stages" / f"{identity}.json"
 
     def add(self, payload: dict) -> str:
         """Make a payload known to this object under its identity, writing nothing; `freeze` writes it."""
-        key = identity(payload)
-        known = self._loaded.setdefault(key, Stage(self, key, json.loads(canonical(payload))))
-        if canonical(known.payload) != canonical(payload):
-            raise NemoflowError(f"two different stages share the identity {key}: {known.payload} and {payload}")
+        text = canonical(payload)
+        key = identity_of(text)
+        if self._texts.setdefault(key, text) != text:
+            raise NemoflowError(f"two different stages share the identity {key}: {self._texts[key]} and {text}")
+        if key not in self._loaded:
+            self._loaded[key] = Stage(self, key, json.loads(text))
         return key
 
     def load(self, key: str) -> Stage:
@@ -138,21 +142,25 @@ class Store:
             if not path.exists():
                 raise NemoflowError(f"{path}: no such stage; stages are frozen when a name is asked of Snakemake")
             payload = read_json(path)
-            if identity(payload) != key:
-                raise NemoflowError(f"{path}: damaged: its content has the identity {identity(payload)}")
-            self._loaded[key] = Stage(self, key, payload)
+            text = canonical(payload)
+            if identity_of(text) != key:
+                raise NemoflowError(f"{path}: damaged: its content has the identity {identity_of(text)}")
+            self._loaded[key], self._texts[key] = Stage(self, key, payload), text
         return self._loaded[key]
 
     def freeze(self, key: str) -> Stage:
         """Write the stage and all it refers to, each once; never change one. Raises NemoflowError on a collision."""
         stage = self.load(key)
+        if key in self._frozen:
+            return stage
         for ref in kinds.inputs(stage.payload):
             self.freeze(ref.identity)
-        path, text = self.stage_file(key), canonical(stage.payload) + "\n"
+        path, text = self.stage_file(key), self._texts[key] + "\n"
         if not path.exists():
             write_atomically(path, text)
         elif path.read_text(encoding="utf-8") != text:
             raise NemoflowError(f"{path}: holds another stage than the one with this identity: {text.strip()}")
+        self._frozen.add(key)
         return stage
 
     def ancestors(self, key: str, at: int | None = None) -> Iterator[tuple[Stage, int | None]]:

@@ -156,7 +156,7 @@ def test_what_defines_a_result_changes_it_and_what_follows_only(pairs, new):
 
 def test_another_interpreter_makes_other_generated_sources_and_the_same_files():
     one, other = resolve(), resolve(python="3.12.2")
-    assert one.raw["sums"].identity != other._sources["sums"]
+    assert one.raw["sums"].identity != other.raw["sums"].identity
     assert one.raw["words"].identity == other.raw["words"].identity
 
 
@@ -247,7 +247,10 @@ def test_where_and_how_fast_megatron_trains_is_no_identity(key, value):
 )
 def test_what_megatron_trains_is_identity(key, value):
     before, after = identities(megatron()), identities(megatron(**{key: value}))
-    assert {name for name in before if before[name] != after[name]} == {"base", "export of base", "rl", "export of rl"}
+    expected = {"base", "export of base", "rl", "export of rl"}
+    if key in ("train.global_batch_size", "model.seq_length"):
+        expected.add("data of base")  # the order in which the blend is read
+    assert {name for name in before if before[name] != after[name]} == expected
 
 
 def test_tokens_become_iterations_rounded_up():
