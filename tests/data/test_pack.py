@@ -219,15 +219,21 @@ def test_bytes_depend_on_the_seed_alone(tmp_path):
     assert first == again != other
 
 
-def test_packs_are_shuffled_within_and_over_windows(tmp_path):
-    """Neither do the longest come first, as they are packed, nor does a window of uses stay together."""
+def test_packs_are_shuffled(tmp_path):
+    """Packing leaves the longest first."""
     sequences = some_sequences(np.concatenate([np.full(100, 250), np.full(500, 20)]))
-    write_packed(tmp_path / "x", sequences, np.arange(600), 256, 50)
-    firsts = [len(members[0][0]) == 250 for members in stored(tmp_path / "x")]
-    half = len(firsts) // 2
-    assert sum(firsts[:half]) > 0
-    assert sum(firsts) < len(firsts)
-    assert not all(firsts[:half])
+    write_packed(tmp_path / "x", sequences, np.arange(600), 256)
+    long = [len(members[0][0]) == 250 for members in stored(tmp_path / "x")]
+    assert 100 == sum(long) > sum(long[:100]) > 50
+
+
+def test_uses_are_shuffled_before_they_are_packed(tmp_path):
+    """Else what lies side by side in a source would be packed together."""
+    sequences = some_sequences(np.full(400, 17))
+    write_packed(tmp_path / "x", sequences, np.arange(400), 64, 8)
+    number = {one(sequences, i): i for i in range(400)}
+    spreads = [max(n) - min(n) for members in stored(tmp_path / "x") if (n := [number[m] for m in members])]
+    assert np.median(spreads) > 100
 
 
 def test_rows_are_in_groups_of_the_schema(tmp_path):
