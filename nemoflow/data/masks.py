@@ -67,7 +67,7 @@ class Masker:
             spoken = np.zeros(len(encoded.ids), bool)
         else:
             token_ends = np.cumsum(self._bytes[encoded.ids], dtype=np.int64)
-            text_ends = np.concatenate([[0], token_ends])[ends]
+            text_ends = np.where(ends > 0, token_ends[ends - 1], 0) if len(token_ends) else ends
             sizes = np.diff(text_ends, prepend=0)
             lossless = sizes == np.fromiter(map(len, given), np.int64, len(given))
             spoken = _overlapping(
@@ -116,10 +116,10 @@ class Masker:
 def _overlapping(begins: np.ndarray, ends: np.ndarray, spans: Spans) -> np.ndarray:
     """bool [tokens]: which tokens have something of a span in them. Both of a token's ends ascend, as do the spans."""
     first, past = np.array([span for span in spans if span[0] < span[1]], np.int64).reshape(-1, 2).T
-    steps = np.zeros(len(begins) + 1, np.int32)
+    steps = np.zeros(len(begins) + 1, np.int8)
     np.add.at(steps, np.searchsorted(ends, first, "right"), 1)
     np.add.at(steps, np.searchsorted(begins, past, "left"), -1)
-    return np.cumsum(steps[:-1]) > 0
+    return np.cumsum(steps[:-1], dtype=np.int8) > 0
 
 
 def _in_bytes(text: str, spans: Spans) -> Spans:
