@@ -249,8 +249,8 @@ def test_a_wrong_override_is_one_clear_error(server, data, tmp_path, key, value,
     ],
 )
 def test_overrides_that_contradict_each_other_are_one_clear_error(server, data, tmp_path, key, value, said):
-    run = pretrain(server, data, tmp_path, horizon=2, stop=2)
-    line = run.fails(overrides=run.request["overrides"] | {key: value})
+    overrides = MODEL | PRECISION | PRETRAIN | {key: value}
+    line = pretrain(server, data, tmp_path, overrides=overrides, horizon=2, stop=2).fails()
     assert "Megatron-Bridge refuses this configuration: " in line
     assert said in line
 

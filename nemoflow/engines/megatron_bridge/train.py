@@ -139,6 +139,9 @@ def run(request: dict) -> None:
     consumed = 0
     if request["start"]:
         state = torch.load(Path(init["checkpoint"]) / "train_state.pt", weights_only=True)
+        step = int(state["step"])
+        if step != init["at"]:
+            raise NemoflowError(f"{init['checkpoint']}: the checkpoint says iteration {step}, not {init['at']}")
         consumed = int(state["consumed_train_samples"])
     make, valid = trainer.get_dataset_provider(settings.dataset), config.valid_samples(settings)
     if request["kind"] == "pretrain":
