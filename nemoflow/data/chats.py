@@ -426,15 +426,50 @@ def make(
 def _make(
     payload: dict, inputs: dict, out: Path, spools: Path, progress: Callable[[str], None], threads: int, launch: dict
 ) -> tuple[dict, list[dict]]:
-    tokenizer = load(inputs["tokenizer"])
     sources = [open_source(directory) for directory in inputs["sources"]]
-    given = payload.get("template")
-    template = Template(given or tokenizer.chat_template, tokenizer, "template" if given else str(tokenizer.directory))
     pieces = _pieces(sources)
+    receipts, eod = _spool(payload, inputs, sources, pieces, spools, progress, threads, launch)
+    by_part = [[receipts[n] for n, piece in enumerate(pieces) if piece.part == i] for i in range(len(sources))]
+    for source, own in zip(sources, by_part, strict=True):
+        _check_dropped(source, own, payload["max_broken"])
+    packed, files, packing = {}, [], []
+    for split, name in FILES.items():
+        uses, tokens = (sum(receipt["splits"][split][key] for receipt in receipts) for key in ("uses", "tokens"))
+        packed[split], made = write_packs(
+            out / name, spools, range(len(pieces)), split, uses, tokens, payload, eod, _said(progress, tokens)
+        )
+        files += made
+        packing += [_packing(payload["pack_size"], packed[split])] if made else []
+    measures = _measures(payload, by_part, packed)
+    if not packed["train"]["sequences"]:
+        left = {k: measures[k] for k in ("rows", "filtered", "unchosen", "too_long", "nothing_to_learn", "dropped")}
+        raise NemoflowError(f"{inputs['sources'][0]}: no chat to train on is left ({left})")
+    files.append(_write(out / "packing.json", packing))
+    train = measures["train"]
+    progress(f"{train['sequences']:,} sequences in {train['packs']:,} packs, {train['fill']:.2%} full")
+    return measures, files
+
+
+def _spool(
+    payload: dict,
+    inputs: dict,
+    sources: list[Source],
+    pieces: list[_Piece],
+    spools: Path,
+    progress: Callable[[str], None],
+    threads: int,
+    launch: dict,
+) -> tuple[list[dict], int]:
+    """Make the spools that are not there yet. Returns all receipts, and the id that ends a document; what encoding
+    took of memory is free again."""
+    tokenizer = load(inputs["tokenizer"])
     receipts = {n: found for n in range(len(pieces)) if (found := _read(_receipt_path(spools, n)))}
     _remove_all_but(spools, receipts)
     todo = [n for n in range(len(pieces)) if n not in receipts]
     if todo:
+        given = payload.get("template")
+        origin = "template" if given else str(tokenizer.directory)
+        template = Template(given or tokenizer.chat_template, tokenizer, origin)
         size = sum(source.path(n).stat().st_size for source in sources for n in range(source.count))
         engine = "tokenizers" if size < _SMALL else launch.get("engine", ENGINES[0])
         work = _Work(payload, sources, pieces, template, Masker(tokenizer, engine, progress), spools)
@@ -444,27 +479,7 @@ def _make(
         except BaseException:
             _remove_all_but(spools, receipts)  # it may be what filled the disk
             raise
-    by_part = [[receipts[n] for n, piece in enumerate(pieces) if piece.part == i] for i in range(len(sources))]
-    for source, own in zip(sources, by_part, strict=True):
-        _check_dropped(source, own, payload["max_broken"])
-    packed, files, packing = {}, [], []
-    for split, name in FILES.items():
-        uses, tokens = (
-            sum(receipts[n]["splits"][split][key] for n in range(len(pieces))) for key in ("uses", "tokens")
-        )
-        packed[split], made = write_packs(
-            out / name, spools, range(len(pieces)), split, uses, tokens, payload, tokenizer.eod, _said(progress, tokens)
-        )
-        files += made
-        packing += [_packing(payload["pack_size"], packed[split])] if made else []
-    measures = _measures(payload, by_part, packed)
-    if not packed["train"]["sequences"]:
-        left = {k: measures[k] for k in ("rows", "filtered", "unchosen", "too_long", "nothing_to_learn", "dropped")}
-        raise NemoflowError(f"{sources[0].directory}: no chat to train on is left ({left})")
-    files.append(_write(out / "packing.json", packing))
-    train = measures["train"]
-    progress(f"{train['sequences']:,} sequences in {train['packs']:,} packs, {train['fill']:.2%} full")
-    return measures, files
+    return [receipts[n] for n in range(len(pieces))], tokenizer.eod
 
 
 def _remove_all_but(spools: Path, receipts: dict[int, dict]) -> None:
