@@ -1,16 +1,24 @@
 """What a sealed artifact measured, in a few words for people."""
 
 
+def _measures(record: dict) -> dict:
+    """An artifact's measures; of shards, which are measured one by one, their sums."""
+    found = record["measures"]
+    if record["kind"] == "shards":
+        return {key: sum(shard[key] for shard in found["shards"]) for key in ("documents", "tokens")}
+    return found
+
+
 def tokens(record: dict) -> int | None:
     """Tokens to train on in data, trained on in a state; None where there are none."""
-    found = record["measures"]
+    found = _measures(record)
     found = found.get("tokens", found.get("train"))  # of all splits; packed chats measure each split apart
     return found.get("train", found.get("tokens")) if isinstance(found, dict) else found
 
 
 def result(record: dict) -> str:
     """Loss or reward of a state, otherwise how much there is of what."""
-    found = record["measures"]
+    found = _measures(record)
     if "reward" in found:
         return f"reward {found['reward_first']:.2f} -> {found['reward']:.2f}"
     if "valid_loss" in found:
@@ -18,7 +26,7 @@ def result(record: dict) -> str:
     if "loss" in found:
         return f"loss {found['loss']:.2f}"
     found = found | {k: v for k, v in found.get("train", {}).items() if k == "chats"}
-    counted = {k: found[k] for k in ("documents", "chats", "rows", "parameters", "vocab_size", "files") if k in found}
+    counted = {k: found[k] for k in ("documents", "chats", "rows", "parameters", "vocab_size", "files", "samples") if k in found}
     numbers = {k: v["train"] if isinstance(v, dict) else v for k, v in counted.items()}
     return ", ".join(f"{v:,} {'tokens known' if k == 'vocab_size' else k}" for k, v in list(numbers.items())[:1])
 

@@ -17,19 +17,19 @@ RECIPES = [Path("config/recipes")]
 PYTHON = "3.12.1"
 
 GOLDEN = {
-    "tokenizer": "999156a8738b",
-    "phase1": "e00494406e5d",
-    "data of phase1": "18c3e47916de",
-    "export of phase1": "9ce689f8ed88",
-    "phase2": "3ded1f86593e",
-    "data of phase2": "61cc4c79f2f1",
-    "export of phase2": "c4eb843f28ed",
-    "sft": "71aa9941ba5d",
-    "data of sft": "6d246ca77efb",
-    "export of sft": "a60b760ac5f0",
-    "rl": "fc125b3ce46a",
-    "data of rl": "1e17a1519d87",
-    "export of rl": "7a3644efa3c9",
+    "tokenizer": "6f8d85322acb",
+    "phase1": "757b7de45a2c",
+    "data of phase1": "ca5353c8ae96",
+    "export of phase1": "9f58a5662bbc",
+    "phase2": "91a851633fcb",
+    "data of phase2": "66d6faa7cd98",
+    "export of phase2": "9f7a8bc9b3e8",
+    "sft": "b1a5192f531e",
+    "data of sft": "84590a0f7b6c",
+    "export of sft": "713e9f84baa3",
+    "rl": "4cb59612f818",
+    "data of rl": "4a89714f41d6",
+    "export of rl": "f5a82374097d",
 }
 """Identities of the demo recipe. They change with a meaning only, and then on purpose (`algorithm`, a new key)."""
 

@@ -390,7 +390,7 @@ def test_until_lowered_to_a_milestone_plans_names_only(demo: Work):
 def test_raising_phase_1_makes_another_phase_2_and_goes_on_in_phase_1(demo: Work):
     demo.set("phase1", until=30)
     attempts = demo.attempts()
-    assert demo.planned("pretrain/demo") == {"pretrain": 2, "name": 1}
+    assert demo.planned("pretrain/demo") == {"index": 1, "pretrain": 2, "name": 1}
     demo.run("pretrain/demo", "pretrain/demo@phase1")
     assert demo.iterations(demo.trajectory("pretrain/demo@phase1")) == list(range(1, 31))
     assert demo.iterations(demo.trajectory("pretrain/demo")) == list(range(31, 41))
