@@ -327,7 +327,7 @@ class Recipe:
                 raise NemoflowError(f"{where}.{key}: {n}: the stage starts at {start}, as init carries the counters")
         data = reads = self._data(spec.data, f"stages[{spec.name}].data")
         if isinstance(spec, grammar.Pretrain):
-            data = self._index(spec, driver, overrides, reads, horizon - start, where)
+            data = self._index(spec, driver, overrides, reads, (until - start, horizon - start), where)
         identity = self._add(
             spec.kind,
             engine=spec.engine,
@@ -345,8 +345,8 @@ class Recipe:
         self.stages[spec.name] = trained
         return trained
 
-    def _index(self, spec, driver: ModuleType, overrides: dict, blend: str, iterations: int, where: str) -> str:
-        """The order in which a stage of so many iterations reads its blend."""
+    def _index(self, spec, driver: ModuleType, overrides: dict, blend: str, iterations: tuple[int, int], where: str):
+        """The order in which a stage reads its blend. iterations: of the stage itself, and to its horizon."""
         batch = overrides.get("train.global_batch_size")
         if batch is None:
             raise NemoflowError(f"{where}.overrides: train.global_batch_size is missing: it defines the data's order")
@@ -357,9 +357,9 @@ class Recipe:
             overrides=driver.index_overrides(overrides),
             data=blend,
             tokenizer=self.tokenizer,
-            samples=iterations * batch,
+            samples=iterations[1] * batch,
         )
-        self.launch[identity] = {"max_epochs": spec.data.max_epochs}
+        self.launch[identity] = {"max_epochs": spec.data.max_epochs, "reads": iterations[0] * batch}
         return identity
 
     def _init(self, spec, parent: Trained | None, driver: ModuleType, overrides: dict, where: str):
