@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from graph import Work, kill
+import zstandard
+from graph import BASE, Work, kill
 from hub_server import Hub
 
 WORDS = ["".join(pair) for pair in itertools.product(("ba", "ku", "lor", "mi", "tes", "wo", "zan"), repeat=3)]
@@ -200,3 +202,19 @@ def test_the_lock_is_asked_for_by_name(work: Work):
     message = work.refused("data/demo@mix")
     assert "sources.web.config: 'High-Quality-Synthetic', but" in message
     assert "nemoflow lock demo" in message
+
+
+def test_the_recipe_in_the_readme_runs_as_it_stands(work: Work, hub, tmp_path):
+    rng = random.Random(2)
+    card = b"---\nconfigs:\n- config_name: SUBSET\n  data_files: data/*\n---\n"
+    data = parquet(tmp_path / "x.parquet", "text", [sentence(rng) for _ in range(300)])
+    hub.datasets["ORGANISATION/DATASET"].commit({"README.md": card, "data/0.parquet": data})
+    text = (BASE / "README.md").read_text()
+    recipe = re.search(r"```yaml\n# config/recipes/mine-data.yaml\n(.*?)```", text, re.S)[1]
+    work.recipe("mine-data").write_text(recipe)
+    (work.path / "notes").mkdir()
+    notes = "".join(json.dumps({"body": sentence(rng)}) + "\n" for _ in range(100))
+    (work.path / "notes/a.jsonl.zst").write_bytes(zstandard.compress(notes.encode()))
+    work.nemoflow("lock", "mine-data", check=True)
+    work.run("data/mine-data@mix")
+    assert (work.path / "data/mine-data@mix/blend.json").exists()
