@@ -42,12 +42,14 @@ ENGINES = ("gigatoken", "tokenizers")
 _LOADING = 1 << 20
 """Bytes of text that the reference encodes in the time it takes to load gigatoken: 0.4 s for 131,072 ids."""
 
-_MEMORY = 400 << 20
-"""Bytes of memory of the process above which gigatoken's cache of words may be what is too large."""
+_MEMORY = 440 << 20
+"""Bytes of memory of the process above which gigatoken's cache of words is dropped, if that may be what is large."""
 
 _CACHE = 64 << 20
-"""Bytes that the process has grown by since gigatoken was started, if so. It takes gigabytes of real text, or 15 MB of
-noise."""
+"""Bytes that the process has grown by since gigatoken was started, for that."""
+
+_GROWTH = 192 << 20
+"""The same, when it is more than there was text: then that is noise, of which every word is new, five bytes for one."""
 
 _NEWER_LETTERS = (
     *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0xA7CE, 0xA7CF)),
@@ -159,16 +161,18 @@ class _Gigatoken:
             parts = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
             added = [token for token in msgspec.json.decode(parts["added_tokens"]) if not token["special"]]
             content = msgspec.json.encode({**parts, "added_tokens": added})
-        self._engine: Any = None  # first, so that there are never two
-        self._engine = load_hf_json(content)
+        self.encode: Any = None  # first, so that there are never two
+        self.encode = load_hf_json(content).encode  # from UTF-8 to an array of uint32
         del content
         _return_memory()
-        self.encode = self._engine.encode  # from UTF-8 to an array of uint32
-        self._began = _resident()
+        self.began, self._encoded = _resident(), 0
 
-    def bound(self) -> None:
-        """Forget the cache when it has become large."""
-        if (now := _resident()) > _MEMORY and now - self._began > _CACHE:
+    def bound(self, size: int) -> None:
+        """Forget the cache when it has become large; to be told of all bytes encoded, now and then."""
+        self._encoded += size
+        now = _resident()
+        grown = now - self.began
+        if (now > _MEMORY and grown > _CACHE) or grown > max(_GROWTH, self._encoded):
             self._load()
 
 
@@ -229,7 +233,7 @@ class Encoder:
         if instead:
             ids, lengths = _replaced(ids, lengths, dict(sorted(instead.items())))
         for fast in filter(None, (self._fast, self._fast_plain)):
-            fast.bound()
+            fast.bound(sum(map(len, texts)))
         return Encoded(ids, lengths, spelled, by_reference)
 
     def reference(self, text: bytes) -> np.ndarray:
@@ -246,8 +250,10 @@ class Encoder:
         """The ids of a text in which control tokens are spelled, and the end."""
         self._spelled_bytes += len(text)
         if self._fast and not self._fast_plain and self._spelled_bytes > _LOADING:
+            before = _resident()
             try:
                 self._fast_plain = _Gigatoken(self._tokenizer, False, self._expected(plain=True))
+                self._fast.began += _resident() - before
             except NemoflowError:
                 self._spelled_bytes = -sys.maxsize  # the reference goes on
         return self._ended(self._fast_plain.encode(text)) if self._fast_plain else self.reference(text)

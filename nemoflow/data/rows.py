@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -229,12 +230,19 @@ def _chunks(source: Source, number: int) -> Iterator[tuple[int, np.ndarray, memo
                 return
 
 
+def _pyarrow() -> ModuleType:
+    import pyarrow as pa
+
+    if "jemalloc" in pa.supported_memory_backends():
+        pa.set_memory_pool(pa.jemalloc_memory_pool())  # gives back what it does not need; the default keeps 100 MB
+    return pa
+
+
 def _open(path: Path, format_: str) -> Any:
     """A file of lines, unpacked, to be read by `readinto`."""
     if format_ == "jsonl":
         return path.open("rb", 0)
-    import pyarrow as pa
-
+    pa = _pyarrow()
     return pa.input_stream(str(path), compression={"jsonl.gz": "gzip", "jsonl.zst": "zstd"}[format_])
 
 
@@ -319,6 +327,7 @@ def _row_groups(
     source: Source, number: int, first: int = 0, end: int | None = None
 ) -> Iterator[tuple["pq.ParquetFile", int, int]]:
     """Row groups of a file: the open file, the row group's number, and that of its first row, from 1."""
+    _pyarrow()
     import pyarrow.parquet as pq
 
     # Parts of a column are read as they are wanted; by default it would be a row group, which may be gigabytes.
