@@ -325,6 +325,10 @@ class Recipe:
                 raise NemoflowError(f"{where}.{key}: {n} lies past the schedule's horizon {horizon}")
             if n <= start:
                 raise NemoflowError(f"{where}.{key}: {n}: the stage starts at {start}, as init carries the counters")
+        if isinstance(spec, grammar.Sft) and spec.data.pad_multiple % (wanted := driver.padding(overrides)):
+            raise NemoflowError(
+                f"{where}.data.pad_multiple: {spec.data.pad_multiple}: context parallelism needs a multiple of {wanted}"
+            )
         data = reads = self._data(spec.data, f"stages[{spec.name}].data")
         if isinstance(spec, grammar.Pretrain):
             data = self._index(spec, driver, overrides, reads, (until - start, horizon - start), where)

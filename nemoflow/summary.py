@@ -26,7 +26,11 @@ def result(record: dict) -> str:
     if "loss" in found:
         return f"loss {found['loss']:.2f}"
     found = found | {k: v for k, v in found.get("train", {}).items() if k == "chats"}
-    counted = {k: found[k] for k in ("documents", "chats", "rows", "parameters", "vocab_size", "files", "samples") if k in found}
+    counted = {
+        k: found[k]
+        for k in ("documents", "chats", "rows", "parameters", "vocab_size", "files", "samples")
+        if k in found
+    }
     numbers = {k: v["train"] if isinstance(v, dict) else v for k, v in counted.items()}
     return ", ".join(f"{v:,} {'tokens known' if k == 'vocab_size' else k}" for k, v in list(numbers.items())[:1])
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemoflow import kinds
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
 from nemoflow.job import Job
@@ -109,12 +110,13 @@ class Trajectory:
                     "samples": self.job.stage.store.load(payload["data"]).payload["samples"],
                 }
             case "sft":
-                size = self.job.stage.store.load(payload["data"]).payload["pack_size"]
+                packed = kinds.complete(self.job.stage.store.load(payload["data"]).payload)
                 valid = data / "validation.idx.parquet"
                 request["data"] = {
                     "train": str(data / "training.idx.parquet"),
                     "valid": str(valid) if valid.exists() else None,
-                    "pack_size": size,
+                    "pack_size": packed["pack_size"],
+                    "pad_multiple": packed["pad_multiple"],
                 }
             case "rl":
                 request["prompts"] = str(data)

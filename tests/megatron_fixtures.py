@@ -261,6 +261,7 @@ def sft(server: Server, data: Path, directory: Path, checkpoint: Path, **request
             "train": str(data / "training.idx.parquet"),
             "valid": str(data / "validation.idx.parquet"),
             "pack_size": 64,
+            "pad_multiple": 1,
         },
         "init": {"checkpoint": str(checkpoint), "at": int(checkpoint.name[5:]), "carry": "weights"},
         "horizon": 6,

@@ -19,7 +19,7 @@ def check(overrides, where):
 
 
 def outside(key):
-    return key in {"sleep.seconds", "sleep.fail_at", "sleep.end_at", "sleep.bytes"}
+    return key in {"sleep.seconds", "sleep.fail_at", "sleep.end_at", "sleep.bytes", "sleep.padding"}
 
 
 def tokens_per_iteration(overrides):
@@ -40,6 +40,10 @@ def sequence_length(overrides):
 
 def index_command(request: Path):
     return [sys.executable, "-m", "sleep_engine", "index", str(request)]
+
+
+def padding(overrides):
+    return overrides.get("sleep.padding", 1)
 
 
 def states(checkpoints: Path):

@@ -9,6 +9,7 @@ from graph import DEMO, write_demo
 
 from nemoflow import locks
 from nemoflow.canonical import identity
+from nemoflow.engines import megatron_bridge
 from nemoflow.errors import NemoflowError
 from nemoflow.stages import Recipe
 from nemoflow.store import Store
@@ -78,6 +79,17 @@ def refused(text: str) -> str:
     with pytest.raises(NemoflowError) as caught:
         resolve(text)
     return str(caught.value)
+
+
+def test_padding_must_suit_context_parallelism():
+    message = refused(with_stage("sft", overrides={"sleep.padding": 4}))
+    assert "stages[sft].data.pad_multiple: 1: context parallelism needs a multiple of 4" in message
+    data = {"chats": {"sums": 1}, "pack_size": 128, "pad_multiple": 8}
+    assert resolve(with_stage("sft", overrides={"sleep.padding": 4}, data=data)).stages["sft"]
+    degrees = {"model.context_parallel_size": 2, "model.tensor_model_parallel_size": 3}
+    assert megatron_bridge.padding(degrees) == 4
+    assert megatron_bridge.padding({**degrees, "model.sequence_parallel": True}) == 12
+    assert megatron_bridge.padding({"model.tensor_model_parallel_size": 3, "model.sequence_parallel": True}) == 1
 
 
 # -- identities --------------------------------------------------------------------------------------------------------

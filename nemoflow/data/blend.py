@@ -82,7 +82,9 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
         ]
     (out / "weights.json").write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
     (out / "blend.json").write_text(json.dumps(for_bridge, indent=1) + "\n", encoding="utf-8")
-    names = [_name(record) for record in records]
+    labels = [_name(record) for record in records]
+    # Two sources of local files may have the same label; their merges' names hold identities.
+    names = [label if labels.count(label) == 1 else merge.name for label, merge in zip(labels, merges, strict=True)]
     table = _table(names, shares, parts)
     table.to_csv(out / "summary.csv", index=False, lineterminator="\n")
     _draw(names, shares, parts, out / "summary.svg")

@@ -52,7 +52,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     launch      "reads": samples that the stage reads, where it stops before its horizon; "max_epochs": how often a
                 source may be read
 
-    Returns {"samples": {"train", "valid"}, "epochs": {source: of what the stage reads, rounded to 1/1000}}.
+    Returns {"samples": {"train", "valid"}, "epochs": {source: of payload["samples"], rounded to 1/1000}}.
 
     Raises NemoflowError, before anything is built, for a source read too often, a blend of too many files, and an
     unknown sequence length; later with what the engine's program says.
@@ -99,7 +99,7 @@ def _checked_epochs(payload: dict, length: int | None, blend: Path, launch: dict
             f"which has {own:,}; give it a share of at most {most}, raise data.max_epochs, "
             "or train on fewer tokens"
         )
-    return read
+    return epochs(parts, payload["samples"] * length)
 
 
 def _check_prefixes(blend: Path) -> None:

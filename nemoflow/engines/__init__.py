@@ -13,10 +13,12 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     def sequence_length(overrides) -> int | None
     def index_overrides(overrides) -> dict   those that the order of pretraining data depends on
     def index_command(request: Path) -> list[str]   the program that makes this order (nemoflow/data/index.py)
+    def padding(overrides) -> int            what lengths of packed sequences must be multiples of (kind `sft`)
     def command(request: Path) -> list[str]  the program that trains what the request file says (nemoflow/training.py)
     def states(checkpoints: Path) -> dict[int, Path]   complete checkpoints by iteration
 
-The index members and sequence_length are for kind `pretrain`; an engine without that kind leaves them out.
+The index members and sequence_length are for kind `pretrain`, padding for `sft`; an engine without these kinds leaves
+them out.
 """
 
 import difflib

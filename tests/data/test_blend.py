@@ -124,6 +124,15 @@ def test_the_picture_is_an_svg_and_the_same_bytes_each_time(write_merge, tmp_pat
     assert ElementTree.fromstring(drawn[0]).tag.endswith("svg")
 
 
+def test_sources_of_one_label_are_told_apart(write_merge, out):
+    parts = [write_merge("a-1", [3]), write_merge("a-2", [4])]
+    for part in parts:
+        record = json.loads((part / "sealed.json").read_text())
+        record["inputs"][0]["label"] = "jsonl-1-files"
+        (part / "sealed.json").write_text(json.dumps(record))
+    assert [p["source"] for p in make(parts, ["1/2", "1/2"], out).measures["parts"]] == ["a-1", "a-2"]
+
+
 def test_shares_must_add_up(write_merge, out):
     with pytest.raises(NemoflowError, match="the shares add up to 9/10, not 1"):
         make([write_merge("a", [1]), write_merge("b", [1])], ["1/5", "7/10"], out)

@@ -4,6 +4,7 @@ This module is what the main process and the driver need, without torch; train.p
 the one that makes index caches before.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ __all__ = [
     "index_command",
     "index_overrides",
     "outside",
+    "padding",
     "schedule_horizon",
     "sequence_length",
     "states",
@@ -182,6 +184,18 @@ def index_overrides(overrides: dict) -> dict:
     if found.get("validation.eval_global_batch_size"):
         found.pop("train.global_batch_size", None)
     return found
+
+
+def padding(overrides: dict) -> int:
+    """What the lengths of packed sequences must be multiples of: lcm(2 CP, CP TP with sequence parallelism).
+
+    Context parallelism deals each sequence out in 2 CP pieces, and sequence parallelism the pieces over TP.
+    """
+    context = overrides.get("model.context_parallel_size") or 1
+    if context == 1:
+        return 1
+    tensor = overrides.get("model.tensor_model_parallel_size") or 1
+    return math.lcm(2 * context, context * tensor if overrides.get("model.sequence_parallel") else 1)
 
 
 def schedule_horizon(overrides: dict) -> int | None:

@@ -197,6 +197,7 @@ def _place_data(config: ConfigContainer, request: dict) -> None:
         packed_sequence_size=size,
         packed_train_data_path=data["train"],
         packed_val_data_path=data["valid"],
+        pad_seq_to_mult=data["pad_multiple"],
         packed_metadata_path=str(Path(request["scratch"]) / "packing.jsonl"),
     )
     config.dataset = GPTSFTDatasetConfig(

@@ -9,7 +9,8 @@ The request (every path absolute):
     tokenizer       directory of a Hugging Face tokenizer
     data            pretrain: {"blend": directory, "cache": directory of its index caches (index.py), "samples": how
                     many training samples they have}; both are only read
-                    sft: {"train": file, "valid": file or null, "pack_size": tokens}, of packed parquet
+                    sft: {"train": file, "valid": file or null, "pack_size": tokens, "pad_multiple": what the lengths
+                    of sequences were padded to}, of packed parquet
     init            null, or {"checkpoint": .../iter_0000060, "at": 60, "carry": "all" or "weights"}
     start           iteration the stage begins after: init's `at` under carry all, else 0
     horizon, stop   iteration at which schedule and data end; iteration after which this run leaves, with a checkpoint
