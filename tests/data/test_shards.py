@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from xxhash import xxh3_64_intdigest
 
+from benchmarks.corpus import write_tokenizer
 from nemoflow.data import encode, rows, shards, tokenizer
 from nemoflow.errors import NemoflowError
 
@@ -464,3 +465,30 @@ def test_progress_says_how_fast_and_how_long(corpus, small, out, monkeypatch):
         r"[\d,]+ documents/s, \d+\.\d MB/s, \d+\.\d Mtokens/s, \d+ s left",
         said[-1],
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", ["jsonl", "parquet"])
+def test_memory_is_bounded_also_for_text_in_which_every_word_is_new(tmp_path, format_):
+    write_tokenizer(tmp_path / "tekken")
+    source = tmp_path / "source"
+    (source / "files").mkdir(parents=True)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz   \n", np.uint8)
+    draw = np.random.default_rng(0)
+    texts = [letters[draw.integers(0, len(letters), 50_000)].tobytes().decode() for _ in range(1_600)]
+    if format_ == "parquet":
+        pq.write_table(pa.table({"text": texts}), source / "files/00000.parquet")
+    else:
+        (source / "files/00000.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (source / "sealed.json").write_text(json.dumps({"payload": {"files": [{}], "format": format_}}))
+    (tmp_path / "out").mkdir()
+    arguments = [-1, "self", str(source), str(tmp_path / "tekken"), str(tmp_path / "out"), 1, PAYLOAD]
+    program = KILLED.replace('_CHUNK"] = 10000', '_CHUNK"] = 1 << 20')
+    program += "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(sys.path), json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout.split()[-1]) < 600_000  # kB
