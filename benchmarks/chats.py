@@ -31,7 +31,8 @@ import numpy as np
 from benchmarks.corpus import texts, write_tokenizer
 from benchmarks.data import measured
 from nemoflow import kinds
-from nemoflow.data.pack import pack
+from nemoflow.data.pack import best_fit
+from nemoflow.data.packed import WINDOW
 from nemoflow.store import Store, file_digest, seal
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "nemoflow/data/templates"
@@ -186,13 +187,15 @@ def packing(count: int = 1_000_000) -> None:
     print(
         f"packing {count:,} sequences of {lengths.mean():.0f} tokens on average, {np.median(lengths):.0f} in the middle"
     )
-    pack(np.clip(lengths, 2, 64), 64)  # compiles
+    fit = best_fit(count)
+    fit(np.clip(lengths[:1000], 2, 64), 64)  # compiles
+    window = WINDOW // int(lengths.mean())  # as many as chats.make packs at a time
     for size in (4096, 8192, 32768):
         clipped = np.clip(lengths, 2, size)
         begun = _seconds()
-        _, bins = pack(clipped, size)
+        packs = sum(len(fit(clipped[at : at + window], size)[1]) for at in range(0, count, window))
         speed = count / (_seconds() - begun)
-        fill = clipped.sum() / ((len(bins) - 1) * size)
+        fill = clipped.sum() / (packs * size)
         print(f"  {size:6}: {fill:.3%} full, {speed / 1e6:.1f} million sequences/CPU-s")
 
 
