@@ -31,8 +31,8 @@ RESUMES = True
 _HEADER_BYTES = 34
 """What stands before the lengths in an .idx: 9 bytes of name, version, type, sequences and documents."""
 
-_CHUNK = 8 << 20
-"""Bytes copied at a time."""
+_CHUNK = 2 << 20
+"""Tokens copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Work:
         for number in shards:
             shard = self._shards[number]
             writer.add(np.zeros(0, self._dtype), shard.lengths("train"))
-            for ids in self._chunks(shard.path("train.bin")):
+            for ids in self._chunks(shard):
                 self._add(writer, ids, np.zeros(0, np.int32))
         for ids, lengths in self._documents(pooled):
             self._add(writer, ids, lengths)
@@ -220,17 +220,23 @@ class _Work:
         writer.add(ids, lengths)
         self._count(size=ids.nbytes)
 
-    def _chunks(self, path: Path) -> Iterator[np.ndarray]:
-        with path.open("rb", 0) as file:
-            while chunk := file.read(_CHUNK):
-                while len(chunk) % self._dtype.itemsize:
-                    chunk += file.read(1)
-                yield np.frombuffer(chunk, self._dtype)
+    def _chunks(self, shard: Shard) -> Iterator[np.ndarray]:
+        """The ids of a shard's training half, some MB at a time. Raises NemoflowError when they are not as counted."""
+        path, left = shard.path("train.bin"), shard.measures["train"]["tokens"]
+        if (size := path.stat().st_size) != left * self._dtype.itemsize:
+            raise NemoflowError(
+                f"{path}: has {size:,} bytes, where {left:,} tokens were counted; delete {shard.directory} to have it "
+                "made again"
+            )
+        while left:
+            part = np.fromfile(path, self._dtype, _CHUNK, offset=size - left * self._dtype.itemsize)
+            left -= len(part)
+            yield part
 
     def _documents(self, pooled: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Documents of the pool, ids and lengths, some MB at a time."""
         pool, bins = self._pool, dict[int, np.ndarray]()
-        ends = np.cumsum(pool.length[pooled]) * self._dtype.itemsize
+        ends = np.cumsum(pool.length[pooled])
         cuts = np.searchsorted(ends, np.arange(_CHUNK, int(ends[-1]) if len(ends) else 0, _CHUNK)).tolist()
         for begin, end in pairwise(sorted({0, *cuts, len(ends)})):
             ids = []

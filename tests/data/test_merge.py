@@ -207,6 +207,15 @@ def test_a_shard_that_lost_rows_is_told(three, tmp_path):
     assert "shard 1: 21 rows, but 20 documents and 0 dropped" in refused(parts, source, tmp_path)
 
 
+@pytest.mark.parametrize("cut_off", [1, 4])
+def test_a_shard_that_was_cut_off_is_told(tokenizer, tmp_path, cut_off):
+    source = write_source(tmp_path, [[f"text {i}" for i in range(60)]])
+    parts = cut(tmp_path, "x", source, tokenizer, [[[0]]], [1], "1/2")
+    path = parts[0] / "00000.train.bin"
+    path.write_bytes(path.read_bytes()[:-cut_off])
+    assert "00000.train.bin: has " in refused(parts, source, tmp_path)
+
+
 def test_shards_of_two_tokenizers_are_told(three, tmp_path):
     source, parts = three
     edit(parts[1], lambda sealed: sealed["measures"].update(eod=7))
