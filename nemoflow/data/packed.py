@@ -34,7 +34,8 @@ _ROW_GROUP = 1 << 21
 
 _WRITING = {
     "compression": "zstd",
-    "use_dictionary": ["loss_mask.list.element"],  # a dictionary of ids costs time and, compressed, even space
+    "use_dictionary": ["loss_mask.list.element"],
+    "column_encoding": {"input_ids.list.element": "BYTE_STREAM_SPLIT"},  # less time and space than a dictionary
     "write_statistics": False,
 }
 

@@ -66,11 +66,16 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise
+        self._missing: dict[str, jinja2.Undefined] = {}
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
         if kind is dict and attribute not in _OF_DICT:
-            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+            if attribute in obj:
+                return obj[attribute]
+            if attribute not in self._missing:
+                self._missing[attribute] = self.undefined(obj={}, name=attribute)
+            return self._missing[attribute]
         if kind in (LoopContext, Namespace) and not attribute.startswith("_"):
             try:
                 return getattr(obj, attribute)
@@ -150,6 +155,7 @@ class Template:
             raise NemoflowError(f"{origin}: the chat template is not valid Jinja ({error})") from None
         roles = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._tokens = {role: tokenizer.special(role) for role in roles if tokenizer.special(role)}
+        self._names = {**self._template.globals, **self._tokens}
         self._control = sorted(
             (token.content for token in tokenizer.engine.get_added_tokens_decoder().values()), key=len, reverse=True
         )
@@ -171,9 +177,9 @@ class Template:
 
     def _rendered(self, messages: list[dict], tools: list | None = None, prompt: bool = False, **more: Any) -> str:
         try:
-            return self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._tokens, **more
-            )
+            given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt, **more}
+            context = self._template.new_context(self._names | given, shared=True)
+            return "".join(self._template.root_render_func(context))
         except _REFUSALS as error:
             raise Unusable(_REFUSED, str(error)) from None
 
