@@ -1,4 +1,4 @@
-"""Rows of a source: read in any of its formats, counted when broken, split by content.
+"""Rows of a source: read in any of its formats, counted when broken.
 
 Bad rows are counted by reason, with the place of the first; a share of them above `max_broken` stops the stage. A file
 that cannot be read any further is an error at once.
@@ -8,9 +8,7 @@ in bounded memory, and without a Python object for anything else in the row. Bot
 time, or as many rows of a row group.
 """
 
-import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -445,22 +443,3 @@ def encodable(text: str, field: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{field!r} has a lone surrogate") from None
     return text
-
-
-class Split:
-    """Assigns documents to train, valid and test by their content alone: equal documents are never on both sides.
-
-    The first 64 bits of the SHA-256 of the content, read as a fraction of 2**64, lie below `valid`, else below
-    `valid + test`, else above. `valid` and `test` are exact fractions such as "1/50".
-    """
-
-    def __init__(self, valid: str, test: str = "0"):
-        self._valid = math.ceil(Fraction(valid) * 2**64)
-        self._test = math.ceil((Fraction(valid) + Fraction(test)) * 2**64)
-
-    def of(self, content: bytes) -> str:
-        """The split of this content: "train", "valid" or "test"."""
-        point = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-        if point < self._valid:
-            return "valid"
-        return "test" if point < self._test else "train"

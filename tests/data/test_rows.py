@@ -1,7 +1,6 @@
 import gzip
 import json
 import math
-from fractions import Fraction
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemoflow.data import rows
-from nemoflow.data.rows import Broken, Split, encodable, read, texts
+from nemoflow.data.rows import Broken, encodable, read, texts
 from nemoflow.data.sources import Source, open_source
 from nemoflow.errors import NemoflowError
 
@@ -45,36 +44,6 @@ def flat(source: Source, field: str = "text", units=None):
         dropped |= {(batch.file, row): reason for row, reason in batch.dropped}
     assert list(found) == sorted(found)
     return found, dropped
-
-
-def test_split_has_the_fractions_asked_for():
-    count = 50_000
-    split = Split("1/50", "1/20")
-    found = [split.of(str(i).encode()) for i in range(count)]
-    for name, share in (("valid", 1 / 50), ("test", 1 / 20)):
-        deviation = (count * share * (1 - share)) ** 0.5
-        assert abs(found.count(name) - count * share) < 5 * deviation
-
-
-@given(st.binary(), st.fractions(0, 1))
-def test_a_document_in_valid_stays_there_when_valid_grows(content, share):
-    if Split(str(share)).of(content) == "valid":
-        assert Split(str((share + 1) / 2)).of(content) == "valid"
-
-
-def test_the_split_is_by_the_first_64_bits_of_sha256():
-    # echo -n abc | sha256sum: ba7816bf8f01cfea...
-    point = Fraction(0xBA7816BF8F01CFEA, 2**64)
-    assert Split(str(point)).of(b"abc") == "train"
-    assert Split(str(point + Fraction(1, 2**64))).of(b"abc") == "valid"
-    assert Split("1/2", str(point - Fraction(1, 2))).of(b"abc") == "train"
-    assert Split("1/2", str(point - Fraction(1, 2) + Fraction(1, 2**64))).of(b"abc") == "test"
-
-
-def test_all_and_nothing():
-    assert Split("1").of(b"x") == "valid"
-    assert Split("0", "1").of(b"x") == "test"
-    assert Split("0").of(b"x") == "train"
 
 
 LINES = {
