@@ -227,6 +227,7 @@ def test_a_changed_configuration_is_refused_and_a_changed_path_is_not(server, da
         ("model.bf16", 0, "0 is a int; it must be a bool"),
         ("scheduler.lr_decay_style", "wsd", "'wsd' is none of"),
         ("train.train_iters", 5, "a recipe cannot set this"),
+        ("train.eval_iters", 5, "a recipe cannot set this: write validation.eval_iters"),
         ("checkpoint.finetune", True, "a recipe cannot set this"),
         ("dataset.seq_length", 128, "differs from model.seq_length"),
     ],

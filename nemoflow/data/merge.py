@@ -34,6 +34,9 @@ _HEADER_BYTES = 34
 _CHUNK = 2 << 20
 """Tokens copied at a time."""
 
+_MOST_DOCUMENTS = 2**31
+"""Of one prefix: Megatron-Core numbers them in int32 (GPTDataset's document index)."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -299,6 +302,13 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
         for i, (group, pooled) in enumerate(groups)
     ]
     wanted += [(f"{name}-00000", [], splits[name]) for name in ("valid", "test")]
+    for name, group, pooled in wanted:
+        documents = sum(measures[n]["train"]["documents"] for n in group) + pooled.stop - pooled.start
+        if documents > _MOST_DOCUMENTS:
+            raise NemoflowError(
+                f"{source.directory}: {documents:,} documents in {name}, of which Megatron can number "
+                f"{_MOST_DOCUMENTS:,}; divide the source's files among several sources"
+            )
     _remove_unfinished(out, {name for name, _, _ in wanted})
     meter = Progress(progress, len(wanted), tokens * dtype.itemsize)
     work = _Work(out, shards, pool, dtype, meter.add)

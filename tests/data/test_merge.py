@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_tokenizer
+import torch
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from xxhash import xxh3_64_intdigest
 
 from nemoflow import kinds
@@ -172,6 +173,23 @@ def test_prefixes_are_contiguous_and_about_equal(tokenizer, tmp_path):
     assert joined == documents(tmp_path / "one" / one.measures["prefixes"]["train"][0]["prefix"])
 
 
+@pytest.mark.parametrize("prefixes", [1, 3])
+def test_the_bytes_are_those_of_megatrons_writer(tokenizer, tmp_path, prefixes):
+    source = write_source(tmp_path, [[f"text {i} of file {n}" * (1 + i % 9) for i in range(60)] for n in range(4)])
+    parts = cut(tmp_path, "x", source, tokenizer, [[[i]] for i in range(4)], [1, 3], "1/4")
+    made = run(parts, source, tmp_path / "out", valid=40, test=40, prefixes=prefixes)
+    dtype = DType.optimal_dtype(made.measures["vocab_size"])
+    names = [entry["prefix"] for entries in made.measures["prefixes"].values() for entry in entries]
+    assert len(names) == prefixes + 2
+    for name in names:
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=dtype)
+        for ids in documents(tmp_path / "out" / name):
+            builder.add_document(torch.tensor(ids), [len(ids)])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / f"{name}{suffix}").read_bytes() == (tmp_path / f"out/{name}{suffix}").read_bytes()
+
+
 # -- completeness ------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +266,18 @@ def test_too_few_documents_for_three_splits(tokenizer, tmp_path):
     source = write_source(tmp_path, [["a", "a", "b", "b"]])
     parts = cut(tmp_path, "x", source, tokenizer, [[[0]]], [1], "1")
     assert "2 different usable documents, too few for train, valid and test" in refused(parts, source, tmp_path)
+
+
+def test_more_documents_than_megatron_can_number(three, tmp_path, monkeypatch):
+    source, parts = three
+    whole = run(parts, source, tmp_path / "whole", valid=10, test=10)
+    most = whole.measures["prefixes"]["train"][0]["documents"]
+    monkeypatch.setattr(merge, "_MOST_DOCUMENTS", most)
+    run(parts, source, tmp_path / "fits", valid=10, test=10)
+    monkeypatch.setattr(merge, "_MOST_DOCUMENTS", most - 1)
+    said = refused(parts, source, tmp_path)
+    assert f"{most} documents in train-00000, of which Megatron can number {most - 1}" in said
+    assert not list((tmp_path / "out").iterdir()), "nothing was written"
 
 
 def test_a_pool_that_is_too_small(tokenizer, tmp_path):

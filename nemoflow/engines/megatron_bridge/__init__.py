@@ -70,6 +70,8 @@ REFUSED = {
     "dataset.per_dataset_sequences_path": "it names data by where they lie",
     "dataset.sequences_per_dataset": "it names data by where they lie",
     "scheduler.override_opt_param_scheduler": "a changed schedule must not be accepted in silence",
+    "train.eval_interval": "write validation.eval_interval",
+    "train.eval_iters": "write validation.eval_iters, by which the validation set is sized",
     "train.exit_interval": "write the stage's until",
     "train.train_iters": "write the stage's horizon",
     "train.train_samples": "write the stage's horizon",
