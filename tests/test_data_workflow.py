@@ -216,5 +216,6 @@ def test_the_recipe_in_the_readme_runs_as_it_stands(work: Work, hub, tmp_path):
     notes = "".join(json.dumps({"body": sentence(rng)}) + "\n" for _ in range(100))
     (work.path / "notes/a.jsonl.zst").write_bytes(zstandard.compress(notes.encode()))
     work.nemoflow("lock", "mine-data", check=True)
-    work.run("data/mine-data@mix")
+    done = work.snakemake("data/mine-data@mix")
+    assert done.returncode == 0, done.stdout
     assert (work.path / "data/mine-data@mix/blend.json").exists()

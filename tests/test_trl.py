@@ -281,7 +281,7 @@ def test_what_a_run_leaves(uninterrupted):
         "completion_tokens",
     }
     assert all(entry["completion_tokens"] == 32 and entry["kl"] is None for entry in found.values())
-    assert len({entry["loss"] for entry in found.values()}) > 6  # or equal digits would say little
+    assert len({entry["loss"] for entry in found.values()}) > 4  # or equal digits would say little
     assert len({entry["reward"] for entry in found.values()}) > 3
     assert found[2]["lr"] < found[3]["lr"] == OVERRIDES["grpo.learning_rate"] > found[12]["lr"] > 0
     assert list(checkpoints.states(uninterrupted / "checkpoints")) == [4, 8, 12]

@@ -39,9 +39,11 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     `payload` is {"files": [{"size", "sha256"}], "format"}; inputs["files"] are the files in the same order. `threads`
     files are read at a time. Returns the measures {"files", "bytes"} and the contents.
 
-    Raises NemoflowError for a missing, unreadable or changed file.
+    Raises NemoflowError for a missing, unreadable or changed file, and when all are empty.
     """
     entries = payload["files"]
+    if not any(entry["size"] for entry in entries):
+        raise NemoflowError(f"{inputs['files'][0]}: no byte here nor in the source's other files; the corpus is empty")
     meter = Progress(progress, len(entries), sum(entry["size"] for entry in entries))
     (out / "files").mkdir()
 

@@ -12,14 +12,13 @@ from nemoflow.errors import NemoflowError
 
 
 def rows(source: Path) -> list[dict]:
-    return [json.loads(line) for shard in sorted(source.glob("shard-*")) for line in shard.open()]
+    return [json.loads(line) for shard in sorted(source.glob("files/*.jsonl")) for line in shard.open()]
 
 
 def make(out, **payload):
     return generate.make(
         {"generator": "arithmetic_chats", "args": {}, "seed": 0, "shards": 2, "python": sys.version.split()[0]}
         | payload,
-        {},
         out,
         print,
     )
@@ -49,7 +48,7 @@ def test_texts_are_enough_distinct_and_without_addresses(made, name, documents, 
 
 def test_rows_are_dealt_out_evenly(made):
     for name in generate.GENERATORS:
-        sizes = [len(shard.read_bytes().splitlines()) for shard in sorted(made[name].glob("shard-*"))]
+        sizes = [len(shard.read_bytes().splitlines()) for shard in sorted(made[name].glob("files/*.jsonl"))]
         assert len(sizes) == 2
         assert 0 <= sizes[0] - sizes[1] <= 1
 
@@ -106,7 +105,7 @@ def test_arguments_reach_the_generator(out):
 
 def test_measures_are_rows_and_bytes(made):
     measures = json.loads((made["stdlib_topics"] / "sealed.json").read_text())["measures"]
-    shards = list(made["stdlib_topics"].glob("shard-*"))
+    shards = list(made["stdlib_topics"].glob("files/*.jsonl"))
     assert measures == {
         "documents": len(rows(made["stdlib_topics"])),
         "bytes": sum(shard.stat().st_size for shard in shards),
