@@ -4,7 +4,7 @@
 def _measures(record: dict) -> dict:
     """An artifact's measures; of shards, which are measured one by one, their sums."""
     found = record["measures"]
-    if record.get("kind") == "shards":
+    if record.get("kind") == "shards" and "shards" in found:
         return {key: sum(shard[key] for shard in found["shards"]) for key in ("documents", "tokens")}
     return found
 

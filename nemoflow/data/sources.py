@@ -81,8 +81,16 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
 
     if "hub" in payload:
         return download.make(payload, inputs, out, progress, threads=threads)
-    shutil.rmtree(out)
-    out.mkdir()
-    if "files" in payload:
-        return local.make(payload, inputs, out, progress, threads=threads)
-    return generate.make(payload, out, progress)
+    _empty(out)
+    try:
+        if "files" in payload:
+            return local.make(payload, inputs, out, progress, threads=threads)
+        return generate.make(payload, out, progress)
+    except BaseException:
+        _empty(out)  # it may be what filled the disk
+        raise
+
+
+def _empty(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
