@@ -113,7 +113,7 @@ def test_sft_and_rl_learn(demo):
 
 def test_two_phases_read_different_blends(demo):
     run(demo.path, "snakemake", "data/nano3-tiny@phase1", "data/nano3-tiny@phase2")
-    one, two = (json.loads((demo.path / f"data/nano3-tiny@phase{p}/blend.json").read_text()) for p in (1, 2))
+    one, two = (json.loads((demo.path / f"data/nano3-tiny@phase{p}/blend/weights.json").read_text()) for p in (1, 2))
     assert one != two
 
 
