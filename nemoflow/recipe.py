@@ -306,10 +306,66 @@ class Init(Model):
     """What is taken over; `all` includes the counters and the schedule."""
 
 
-class _Stage(Model):
+class Resources(Model):
+    """What a training job runs on. Not part of the identity."""
+
+    nodes: Annotated[int, Field(gt=0)] = 1
+    gpus_per_node: Annotated[int, Field(gt=0)] = 1
+    """GPUs of a node; where there is none, processes on the CPU."""
+    gpu: str | None = None
+    """Type of the GPUs, such as h100; decides which precision they can compute in."""
+
+
+class Keep(Model):
+    """Which checkpoints stay besides `until`, milestones and those that other stages start from."""
+
+    last: Annotated[int, Field(ge=2)] = 2
+    """The newest ones."""
+    every: Annotated[int, Field(gt=0)] | None = None
+    """Those at multiples of this many iterations."""
+
+
+class Guard(Model):
+    """When a training stops by itself. NaN and infinity always stop it."""
+
+    spike: Weight | None = "3"
+    """Times its running median that the loss may reach; null: no limit."""
+    patience: Annotated[int, Field(gt=0)] = 20
+    """Iterations in a row that it may stay above."""
+
+
+class _Named(Model):
     name: Name
     version: Annotated[int, Field(gt=0)] = 1
-    """Raised to train this stage anew with unchanged settings."""
+    """Raised to make this stage anew with unchanged settings."""
+
+
+class Import(_Named):
+    """A published model as a Megatron checkpoint, to start from."""
+
+    kind: Literal["import"]
+    engine: Name = "megatron_bridge"
+    model: str
+    """hf://ORGANISATION/NAME, or a directory with a Hugging Face checkpoint. Pinned by `nemoflow lock`."""
+    revision: str | None = None
+    """A branch, tag or commit on the hub."""
+
+
+class States(Model):
+    stage: Name
+    at: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2)]
+    """Iterations; these states are kept."""
+
+
+class Average(_Named):
+    """The mean of the weights of several states, to start from or to export."""
+
+    kind: Literal["average"]
+    engine: Name = "megatron_bridge"
+    of: States
+
+
+class _Stage(_Named):
     init: Init | None = None
     until: Steps
     """Where the stage ends. Not part of its identity: raising it goes on from where it stopped."""
@@ -319,25 +375,50 @@ class _Stage(Model):
     """Iterations whose states are kept and can be named, as KIND/RECIPE@STAGE:N."""
     save_interval: Annotated[int, Field(gt=0)] | None = None
     """Iterations between checkpoints. Not part of the identity."""
+    resources: Resources = Resources()
+    keep: Keep = Keep()
+    guard: Guard = Guard()
     overrides: Overrides = {}
     """Settings of the engine, in its own section.key names."""
 
 
-class Pretrain(_Stage):
+class _Edit(Model):
+    at: Annotated[int, Field(gt=0)]
+    """The state, as an iteration, from which on it holds. What was trained after it stays where it is, and is left."""
+    skip: Annotated[int, Field(ge=0)] = 0
+    """Iterations after `at` whose data is not trained on."""
+    overrides: Overrides = {}
+    """Settings from here on: learning rate, batch size, ..."""
+
+
+class PretrainEdit(_Edit):
+    data: PretrainData | None = None
+    """Another blend from here on, read from its start."""
+
+
+class _Function(_Stage):
+    engine: Name = "megatron_bridge"
+    function: str
+    """The recipe function, by dotted name."""
+    arguments: dict[Name, Any] = {}
+    """Its keyword arguments, where it has some."""
+
+
+class Pretrain(_Function):
     kind: Literal["pretrain"]
-    engine: Name = "megatron_bridge"
-    function: str
-    """The recipe function, by dotted name."""
     data: PretrainData
+    edits: list[PretrainEdit] = []
+    """Changes under way, in order. Each goes on from a state of the stage so far, whose results stay."""
 
 
-class Sft(_Stage):
+class Sft(_Function):
     kind: Literal["sft"]
-    engine: Name = "megatron_bridge"
-    function: str
-    """The recipe function, by dotted name."""
     data: SftData
     init: Init
+    edits: list[_Edit] = []
+    """Changes under way, in order. Each goes on from a state of the stage so far, whose results stay."""
+    peft: Literal["lora", "dora"] | None = None
+    """Train adapters only; their settings are overrides such as peft.dim."""
 
 
 class Rl(_Stage):
@@ -349,7 +430,11 @@ class Rl(_Stage):
 
 
 Stage = Annotated[
-    Annotated[Pretrain, Tag("<pretrain>")] | Annotated[Sft, Tag("<sft>")] | Annotated[Rl, Tag("<rl>")],
+    Annotated[Import, Tag("<import>")]
+    | Annotated[Average, Tag("<average>")]
+    | Annotated[Pretrain, Tag("<pretrain>")]
+    | Annotated[Sft, Tag("<sft>")]
+    | Annotated[Rl, Tag("<rl>")],
     Discriminator(lambda v: f"<{v.get('kind') if isinstance(v, dict) else getattr(v, 'kind', None)}>"),
 ]
 
@@ -378,6 +463,8 @@ class Recipe(Model):
     ]
     held_out: HeldOut = HeldOut()
     """What of each pretraining source is kept for validation and test, in every stage the same."""
+    hf_config: dict[str, Any] = {}
+    """Content of a Hugging Face config.json: the model of recipe functions that would ask the hub for one."""
     overrides: dict[Name, Overrides] = {}
     """Engine -> settings shared by all its stages; a stage's own win."""
     datasets: dict[Name, DataSet] = {}
@@ -505,6 +592,8 @@ _MEMBERS = {  # the tags of the unions above
     "<files>": Files,
     "<trained>": TrainedTokenizer,
     "<local>": LocalTokenizer,
+    "<import>": Import,
+    "<average>": Average,
     "<pretrain>": Pretrain,
     "<sft>": Sft,
     "<rl>": Rl,
@@ -514,6 +603,10 @@ _MEMBERS = {  # the tags of the unions above
     "<prompts data>": RlData,
     "<preferences data>": PreferenceData,
 }
+
+
+KINDS = ("import", "average", "pretrain", "sft", "rl")
+"""Kinds of stage."""
 
 
 def _where(location: tuple, data: Any) -> tuple[str, Any]:
@@ -558,7 +651,7 @@ def _explain(error: ValidationError, data: dict, path: Path, model: type[Model])
             return f"{path}: {key}: is missing"
         case "union_tag_invalid":
             found = value.get("kind") if isinstance(value, dict) else value
-            return f"{path}: {key}.kind: {found!r} is no kind of stage; known: pretrain, sft, rl"
+            return f"{path}: {key}.kind: {found!r} is no kind of stage; known: {', '.join(KINDS)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{path}: {key}: {value!r}: {message[0].lower()}{message[1:]}"
 
@@ -588,7 +681,14 @@ def load(name: str, directories: list[Path]) -> tuple[Path, Recipe]:
     path, data = _extended(name, directories)
     recipe = _validated(Recipe, data, path)
     for where, part in [
-        *((f"stages[{stage.name}].data", stage.data) for stage in recipe.stages),
+        *((f"stages[{stage.name}].data", stage.data) for stage in recipe.stages if isinstance(stage, _Stage)),
+        *(
+            (f"stages[{stage.name}].edits[{i}].data", edit.data)
+            for stage in recipe.stages
+            if isinstance(stage, Pretrain)
+            for i, edit in enumerate(stage.edits)
+            if edit.data
+        ),
         *((f"datasets.{key}", dataset) for key, dataset in recipe.datasets.items()),
     ]:
         _fill_in(recipe, part, f"{path}: {where}", directories)
