@@ -2,9 +2,10 @@
 #
 # Paths:
 #   {kind}/{recipe}[@{stage}][:{n}]                          a name: link to today's artifact
-#       kind: tokenizer, data, pretrain, sft, rl, hf_export
+#       kind: tokenizer, data, import, average, pretrain, sft, rl, hf_export; seal: a state's digests
 #   <store>/{kind}/{label}-{id}/artifact.json                an artifact; complete when this file exists
 #   <store>/{kind}/{label}-{id}/at-{n}/artifact.json         state n of a training (kind: pretrain, sft, rl)
+#   <store>/{kind}/{label}-{id}/at-{n}/digests.json          digests of all files of that state
 #   <store>/.stages/{id}.json                                a frozen stage: what an artifact is defined by
 #   <logs>/{kind}/{label}-{id}[.at-{n}].log                  end of the newest attempt's log
 
@@ -35,5 +36,6 @@ include: "rules/data.smk"
 include: "rules/pretrain.smk"
 include: "rules/sft.smk"
 include: "rules/rl.smk"
+include: "rules/models.smk"
 include: "rules/export.smk"
 include: "rules/names.smk"

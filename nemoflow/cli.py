@@ -67,15 +67,24 @@ def check(args: argparse.Namespace) -> None:
             print(f"nemoflow: error: {error}", file=sys.stderr)
             failed = True
             continue
-        print(f"{recipe.file}: fine")
+        layouts = [(trained, *recipe.geometry(trained)) for trained in recipe.trajectories()]
+        for trained, _, problems in layouts:
+            for problem in problems:
+                print(f"nemoflow: error: {recipe.file}: stages[{trained.spec.name}]: {problem}", file=sys.stderr)
+                failed = True
+        print(f"{recipe.file}: {'does not fit its resources' if any(p for *_, p in layouts) else 'fine'}")
         for source, raw in recipe.raw.items():
             if raw.tokens is not None:
                 print(
                     f"  source {source}: about {raw.tokens:,} tokens, {len(raw.plan):,} shards in {len(raw.jobs)} jobs"
                 )
-        for stage, trained in recipe.stages.items():
-            span = f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
-            print(f"  {stage}: {trained.spec.kind} by {trained.spec.engine}, {span}, {trained.stage.directory}")
+        for name, model in recipe.models.items():
+            print(f"  {name}: {model.spec.kind} by {model.spec.engine}, {model.stage.directory}")
+        for trained, layout, _ in layouts:
+            spec, span = trained.spec, f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
+            print(f"  {spec.name}: {spec.kind} by {spec.engine}, {span}, {trained.stage.directory}")
+            if layout:
+                print(f"    {layout}")
     if failed:
         raise SystemExit(1)
 

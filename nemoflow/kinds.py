@@ -39,6 +39,8 @@ def _source(payload: dict, _: Callable) -> str:
         hub = payload["hub"]
         parts = [hub["repo"].rpartition("/")[2], hub.get("config"), hub.get("split", "train")]
         return slug("-".join(p for p in parts if p and p not in ("default", "train")))
+    if "model" in payload:
+        return slug(payload["model"].get("repo", "local").rpartition("/")[2])
     return slug(f"{payload['format']}-{len(payload['files'])}-files")
 
 
@@ -87,9 +89,23 @@ def _rl(payload: dict, _: Callable) -> str:
     return slug(payload["algorithm"])
 
 
+def _import(payload: dict, look: Callable) -> str:
+    return _source(look(payload["model"]), look)
+
+
+def _average(payload: dict, look: Callable) -> str:
+    return f"{_state(payload['of'][0], look)}-and-{len(payload['of']) - 1}-more"
+
+
+def _state(of: dict, look: Callable) -> str:
+    """A trajectory's state, or a flat model such as an import."""
+    model = look(of["trajectory"])
+    label = f"{KINDS[model['kind']].label(model, look)}-{model['kind']}"
+    return f"{label}-{of['at']}" if "at" in of else label
+
+
 def _export(payload: dict, look: Callable) -> str:
-    trained = look(payload["of"]["trajectory"])
-    return f"{KINDS[trained['kind']].label(trained, look)}-{trained['kind']}-{payload['of']['at']}"
+    return _state(payload["of"], look)
 
 
 KINDS: dict[str, Kind] = {
@@ -108,7 +124,7 @@ KINDS: dict[str, Kind] = {
     ),
     "merge": Kind(_merge, {"valid": 8_000_000, "test": 8_000_000, "cap": "1/50", "prefixes": 1}),
     "blend": Kind(_blend),
-    "index": Kind(_index, {"overrides": {}}),
+    "index": Kind(_index, {"overrides": {}, "arguments": {}, "hf_config": {}}),
     "chats": Kind(
         _chats,
         {
@@ -122,8 +138,10 @@ KINDS: dict[str, Kind] = {
     ),
     "prompts": Kind(_rows, {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0"}),
     "preferences": Kind(_rows, {"valid": "1/20", "fields": {}, "max_broken": "1/1000"}),
-    "pretrain": Kind(_megatron, {"version": 1, "overrides": {}}),
-    "sft": Kind(_megatron, {"version": 1, "overrides": {}}),
+    "import": Kind(_import, {"version": 1}),
+    "average": Kind(_average, {"version": 1}),
+    "pretrain": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0}),
+    "sft": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "skip": 0}),
     "rl": Kind(_rl, {"version": 1, "overrides": {}}),
     "hf_export": Kind(_export, {"dtype": "bfloat16"}),
 }
@@ -179,10 +197,14 @@ def inputs(payload: dict) -> list[Ref]:
             return [Ref("sources", part["source"]) for part in payload["parts"]]
         case "pretrain" | "sft" | "rl":
             init = payload.get("init", {})
-            start = [Ref("init", init["from"], init["at"])] if "from" in init else []
+            start = [Ref("init", init["from"], init.get("at"))] if "from" in init else []
             start += [Ref("model", init["export"])] if "export" in init else []
             return [*start, Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
+        case "import":
+            return [Ref("model", payload["model"]), Ref("tokenizer", payload["tokenizer"])]
+        case "average":
+            return [Ref("states", of["trajectory"], of.get("at")) for of in payload["of"]]
         case "hf_export":
             of = payload["of"]
-            return [Ref("state", of["trajectory"], of["at"]), Ref("tokenizer", payload["tokenizer"])]
+            return [Ref("state", of["trajectory"], of.get("at")), Ref("tokenizer", payload["tokenizer"])]
     raise ValueError(f"no such kind: {payload['kind']}")

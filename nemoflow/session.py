@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from nemoflow import canonical, kinds, summary
+from nemoflow import recipe as grammar
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
 from nemoflow.stages import VIEWS, Recipe, Target
@@ -66,7 +67,7 @@ class Session:
         """What the name is today: {"": link text}, or for a directory of links their texts by name."""
         view, here = self.names[name], Path(name)
         depth = here.parent if "" in view else here
-        return {sub: os.path.relpath(target.directory, depth) for sub, target in view.items()}
+        return {sub: os.path.relpath(target.shown, depth) for sub, target in view.items()}
 
     # -- for rules ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class Session:
         """
         needed = {s.identity for t in self._targets() for s, _ in self.store.ancestors(t.stage.identity, t.at)}
         for recipe in self.recipes.values():
-            trained = {t.stage.identity: t for t in recipe.stages.values()}
+            trained = {t.stage.identity: t for t in recipe.trajectories()}
             for identity in needed & (trained.keys() | recipe.launch.keys() | _titles(recipe).keys()):
                 stage = self.store.load(identity)
                 launch = {"title": self.title(identity), **recipe.launch.get(identity, {})}
@@ -116,7 +117,7 @@ class Session:
                     launch["paths"] = [str(Path(p).absolute()) for p in launch["paths"]]
                 if found := trained.get(identity):
                     launch["overrides"] = {k: v for k, v in found.overrides.items() if found.engine.outside(k)}
-                    launch["save_interval"] = found.spec.save_interval
+                    launch |= found.spec.model_dump(include={"save_interval", "resources", "keep", "guard"})
                     for n in found.wanted:
                         if not (mark := stage.directory / "wanted" / str(n)).exists():
                             mark.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,21 @@ class Session:
             return "finished; only its record is written again"
         if not stage.trained:
             return "new"
+        layout = self._layout(identity)
+        return self._progress(stage, at) + (f"; {layout}" if layout else "")
+
+    def _layout(self, identity: str) -> str:
+        """How a training is laid out over its GPUs. Raises NemoflowError where that is impossible."""
+        for recipe in self.recipes.values():
+            for trained in recipe.trajectories():
+                if trained.stage.identity == identity:
+                    layout, problems = recipe.geometry(trained)
+                    if problems:
+                        raise NemoflowError(f"{recipe.file}: stages[{trained.spec.name}]: {'; '.join(problems)}")
+                    return layout
+        return ""
+
+    def _progress(self, stage: Stage, at: int) -> str:
         init = stage.payload.get("init", {})
         start = init["at"] if init.get("carry") == "all" else 0
         complete = engine(stage.payload["engine"]).states(stage.directory / "checkpoints")
@@ -154,7 +170,7 @@ class Session:
             return f"new, iterations {start + 1} to {at}"
         if reached > at:
             raise NemoflowError(
-                f"{self.title(identity)}: until: {at}: has passed it, at {reached}, and kept "
+                f"{self.title(stage.identity)}: state {at}: training has passed it, at {reached}, and kept "
                 f"{', '.join(map(str, sorted(complete)))}; choose one of these, or raise `version:` to train anew"
             )
         return f"resume, {reached} of {at} done"
@@ -165,15 +181,16 @@ class Session:
         Raises NemoflowError where that is known to be more than the recipe's max_epochs.
         """
         for recipe in self.recipes.values():
-            for name, trained in recipe.stages.items():
-                if trained.stage.identity != identity or not (found := recipe.epochs(name, at)):
+            for trained in recipe.trajectories():
+                if trained.stage.identity != identity or not (found := recipe.epochs(trained, at)):
                     continue
                 limit = Fraction(trained.spec.data.max_epochs)
                 for source, (epochs, exact) in found.items():
                     if exact and epochs > limit:
                         raise NemoflowError(
-                            f"{recipe.file}: stages[{name}].data: {source} would be read {float(epochs):.2f} times, "
-                            f"max_epochs allows {limit}; lower its share, raise max_epochs, or train on fewer tokens"
+                            f"{recipe.file}: stages[{trained.spec.name}].data: {source} would be read "
+                            f"{float(epochs):.2f} times, max_epochs allows {limit}; lower its share, raise max_epochs, "
+                            "or train on fewer tokens"
                         )
                 listed = sorted(found.items(), key=lambda item: -item[1][0])
                 return "epochs: " + ", ".join(
@@ -242,16 +259,22 @@ def _node(stage: Stage, at: int | None) -> str:
 def _titles(recipe: Recipe) -> dict[str, str]:
     """Identity -> human title, for everything a recipe names."""
     titles = {recipe.tokenizer: f"tokenizer of {recipe.name}"}
-    for name, trained in recipe.stages.items():
-        kind = "" if name == trained.spec.kind else f"{trained.spec.kind} "
-        titles[trained.stage.identity] = f"{kind}{name} of {recipe.name}"
-        data = recipe.store.load(trained.data)
-        if data.kind == "index":
-            titles.setdefault(data.payload["data"], f"blend of {recipe.name}@{name}")
-        titles.setdefault(trained.data, f"data of {recipe.name}@{name}")
-        for at in trained.wanted:
-            export = recipe.view("hf_export", name, at)[""].stage.identity
-            titles[export] = f"hf_export of {recipe.name}@{name}"
+    for name, chain in recipe.chains.items():
+        for trained in chain:
+            kind = "" if name == trained.spec.kind else f"{trained.spec.kind} "
+            titles[trained.stage.identity] = f"{kind}{name} of {recipe.name}"
+            data = recipe.store.load(trained.data)
+            if data.kind == "index":
+                titles.setdefault(data.payload["data"], f"blend of {recipe.name}@{name}")
+            titles.setdefault(trained.data, f"data of {recipe.name}@{name}")
+            for at in trained.wanted:
+                titles[recipe.view("hf_export", name, at)[""].stage.identity] = f"hf_export of {recipe.name}@{name}"
+    for name, model in recipe.models.items():
+        kind = "" if name == model.spec.kind else f"{model.spec.kind} "
+        titles[model.stage.identity] = f"{kind}{name} of {recipe.name}"
+        titles[recipe.view("hf_export", name)[""].stage.identity] = f"hf_export of {recipe.name}@{name}"
+        if isinstance(model.spec, grammar.Import):
+            titles.setdefault(model.stage.payload["model"], f"source of {recipe.name}@{name}")
     for name, identity in recipe.datasets.items():
         titles.setdefault(identity, f"data of {recipe.name}@{name}")
     for name, raw in recipe.raw.items():

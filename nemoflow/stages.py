@@ -26,8 +26,11 @@ PREFIX_TOKENS = 250_000_000_000
 """Tokens behind one prefix: Megatron numbers the documents of a prefix in 32 bits, and each prefix costs at every
 sample."""
 
-VIEWS = ("tokenizer", "data", "pretrain", "sft", "rl", "hf_export")
+VIEWS = ("tokenizer", "data", "import", "average", "pretrain", "sft", "rl", "hf_export", "seal")
 """Kinds of name: KIND/RECIPE[@STAGE][:N]."""
+
+EDITABLE = ("optimizer", "train")
+"""Sections that an edit may change: the rest is another model, other data or another schedule."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Target:
 
     stage: Stage
     at: int | None = None
+    file: str | None = None
+    """What of the artifact is meant, if not all of it."""
 
     @property
     def directory(self) -> Path:
@@ -43,7 +48,12 @@ class Target:
 
     @property
     def artifact(self) -> str:
-        return str(self.directory / "artifact.json")
+        return str(self.directory / (self.file or "artifact.json"))
+
+    @property
+    def shown(self) -> Path:
+        """What a name links to."""
+        return self.directory / self.file if self.file else self.directory
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,22 @@ class Raw:
 
 
 @dataclass
+class Model:
+    """A stage of a recipe that is not trained, resolved: an imported or averaged model."""
+
+    spec: grammar.Import | grammar.Average
+    engine: ModuleType
+    stage: Stage
+
+
+@dataclass
 class Trained:
-    """A stage of a recipe, resolved: its trajectory, where it starts and ends, and what stands outside its identity."""
+    """A trajectory of a recipe's stage: where it starts and ends, and what stands outside its identity.
+
+    consumed: samples of the counter at `start`. batch: global batch size, None where the engine has none or the recipe
+    does not say. scheduled: the batch size by which the schedule's iterations count, that of the first stage under one
+    schedule. stream: the counter's samples where the stream of its data began.
+    """
 
     spec: grammar.Stage
     engine: ModuleType
@@ -77,7 +101,15 @@ class Trained:
     until: int
     horizon: int
     data: str
+    consumed: int
+    batch: int | None
+    scheduled: int | None
+    stream: int
     wanted: set[int] = field(default_factory=set)
+
+    def samples(self, at: int) -> int:
+        """The counter's samples at iteration `at`."""
+        return self.consumed + (at - self.start) * (self.batch or 0)
 
 
 class Recipe:
@@ -107,19 +139,23 @@ class Recipe:
         self.launch: dict[str, dict] = {}
         """Identity -> what its job is told besides: `paths` of raw files, the tokenizing `engine`, `max_epochs`."""
         self.tokenizer = self._tokenizer()
-        self.stages: dict[str, Trained] = {}
+        self.models: dict[str, Model] = {}
+        self.chains: dict[str, list[Trained]] = {}
+        """The trajectories of each trained stage: one, and one more for each edit."""
         specs: dict[str, grammar.Stage] = {}
         for spec in self.spec.stages:
             if spec.name in specs:
                 raise NemoflowError(f"{self.file}: stages[{spec.name}]: two stages have this name")
             specs[spec.name] = spec
         for spec in self.spec.stages:
-            self._train(spec, specs, ())
-        self.stages = {spec.name: self.stages[spec.name] for spec in self.spec.stages}
+            self._resolve(spec, specs, ())
+        self.models = {spec.name: self.models[spec.name] for spec in self.spec.stages if spec.name in self.models}
+        self.chains = {spec.name: self.chains[spec.name] for spec in self.spec.stages if spec.name in self.chains}
+        self.stages = {name: chain[-1] for name, chain in self.chains.items()}
         self.datasets: dict[str, str] = {}
         """Identities of the data made for its own sake, by name."""
         for key, data in self.spec.datasets.items():
-            if key in self.stages:
+            if key in specs:
                 raise NemoflowError(
                     f"{self.file}: datasets.{key}: a stage has this name; data/{name}@{key} is its data"
                 )
@@ -274,131 +310,284 @@ class Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise NemoflowError(f"{self.file}: {where}.template: {path}: cannot be read ({error})") from None
 
-    def epochs(self, stage: str, until: int) -> dict[str, tuple[Fraction, bool]]:
-        """How often a pretraining stage that ends at `until` reads each source of its blend, and whether that is exact.
+    def epochs(self, trained: Trained, until: int) -> dict[str, tuple[Fraction, bool]]:
+        """How often a pretraining that ends at `until` has read each source of its blend, and whether that is exact.
 
         Exact once the source is tokenized, before that from its files' bytes; what nobody has counted is left out.
         """
-        trained, found = self.stages[stage], {}
+        found: dict[str, tuple[Fraction, bool]] = {}
         if not isinstance(trained.spec, grammar.Pretrain):
-            return {}
-        per_iteration = trained.engine.tokens_per_iteration(trained.overrides)
-        for name, share in trained.spec.data.blend.items():
+            return found
+        length = trained.engine.sequence_length(trained.overrides)
+        for name, share in self._blend_of(trained).items():
             sealed = self.store.load(self.merges[name]).sealed()
             if sealed:
                 tokens = sum(prefix["tokens"] for prefix in sealed["measures"]["prefixes"]["train"])
             else:
                 tokens = self.raw[name].tokens
-            if tokens and per_iteration:
-                read = (until - trained.start) * per_iteration * Fraction(share)
+            if tokens and length:
+                read = (trained.samples(until) - trained.stream) * length * Fraction(share)
                 found[name] = read / tokens, sealed is not None
         return found
 
-    # -- training --------------------------------------------------------------------------------------------------
+    def _blend_of(self, trained: Trained) -> dict[str, str]:
+        """Source -> share of what a trajectory reads."""
+        edits = trained.spec.edits[: self.chains[trained.spec.name].index(trained)]
+        return next((edit.data for edit in reversed(edits) if edit.data), trained.spec.data).blend
 
-    def _train(self, spec: grammar.Stage, specs: dict[str, grammar.Stage], chain: tuple[str, ...]) -> Trained:
-        if spec.name in self.stages:
-            return self.stages[spec.name]
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def trajectories(self) -> list[Trained]:
+        """Those of all stages."""
+        return [trained for chain in self.chains.values() for trained in chain]
+
+    def geometry(self, trained: Trained) -> tuple[str, list[str]]:
+        """How a training is laid out over its GPUs, in a few words, and what is impossible about that."""
+        spec, check = trained.spec, getattr(trained.engine, "geometry", None)
+        if check is None:
+            return "", []
+        return check(
+            getattr(spec, "function", None),
+            trained.overrides,
+            spec.resources.model_dump(),
+            self.spec.hf_config,
+            spec.kind,
+            spec.data.pack_size if isinstance(spec, grammar.Sft) else None,
+        )
+
+    def _resolve(self, spec, specs: dict[str, grammar.Stage], chain: tuple[str, ...]) -> Model | list[Trained]:
+        """A stage and those it starts from: a model, or the trajectories of a training."""
+        for known in (self.models, self.chains):
+            if spec.name in known:
+                return known[spec.name]
         where = f"{self.file}: stages[{spec.name}]"
         if spec.name in chain:
             raise NemoflowError(f"{where}.init.from: a circle: {' -> '.join((*chain, spec.name))}")
         driver = engine(spec.engine, f"{where}.engine")
+
+        def other(key: str, name: str) -> Model | list[Trained]:
+            if name not in specs:
+                raise NemoflowError(f"{where}.{key}: no stage {name!r}{_near(name, specs)}")
+            return self._resolve(specs[name], specs, (*chain, spec.name))
+
+        match spec:
+            case grammar.Import():
+                found = self.models[spec.name] = self._import(spec, driver)
+            case grammar.Average():
+                found = self.models[spec.name] = self._average(spec, driver, other("of.stage", spec.of.stage), where)
+            case _:
+                parent = other("init.from", spec.init.stage) if spec.init else None
+                found = self.chains[spec.name] = self._train(spec, parent, driver, where)
+        return found
+
+    def _import(self, spec: grammar.Import, driver: ModuleType) -> Model:
+        payload, paths = self.locks.model(spec, self.file)
+        source = self._add("source", **payload)
+        if paths:
+            self.launch[source] = {"paths": paths}
+        identity = self._add("import", engine=spec.engine, model=source, tokenizer=self.tokenizer, version=spec.version)
+        return Model(spec, driver, self.store.load(identity))
+
+    def _average(self, spec: grammar.Average, driver: ModuleType, of: Model | list[Trained], where: str) -> Model:
+        if isinstance(of, Model) or of[-1].spec.engine != spec.engine or getattr(of[-1].spec, "peft", None):
+            raise NemoflowError(
+                f"{where}.of.stage: {spec.of.stage} has no whole states of engine {spec.engine}; "
+                "name a pretrain stage, or an sft stage without adapters"
+            )
+        states = []
+        for at in spec.of.at:
+            trained = _holder(of, at, f"{where}.of.at")
+            trained.wanted.add(at)
+            states.append({"trajectory": trained.stage.identity, "at": at})
+        return Model(
+            spec,
+            driver,
+            self.store.load(self._add("average", engine=spec.engine, of=states, version=spec.version)),
+        )
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def _train(self, spec, parent: Model | list[Trained] | None, driver: ModuleType, where: str) -> list[Trained]:
         overrides = {**self.spec.overrides.get(spec.engine, {}), **spec.overrides}
         refuse(overrides, driver.REFUSED, f"{where}.overrides")
         driver.check(overrides, f"{where}.overrides")
-        parent = None
-        if spec.init:
-            if spec.init.stage not in specs:
-                raise NemoflowError(f"{where}.init.from: no stage {spec.init.stage!r}{_near(spec.init.stage, specs)}")
-            parent = self._train(specs[spec.init.stage], specs, (*chain, spec.name))
-        start, init = self._init(spec, parent, driver, overrides, where)
+        start, consumed, scheduled, init = self._init(spec, parent, driver, overrides, where)
+        batch = overrides.get("train.global_batch_size")
+        scheduled = scheduled or batch
         horizon = self._iterations(spec.horizon, start, driver, overrides, f"{where}.horizon")
-        horizon = horizon or driver.schedule_horizon(overrides)
+        if horizon is None and (horizon := driver.schedule_horizon(overrides)) and batch != scheduled:
+            horizon = start + (horizon * scheduled - consumed) // batch
         if horizon is None:
             raise NemoflowError(
                 f"{where}.horizon: is missing: say where the learning-rate schedule and the data order end "
                 "(never taken from `until`, which may be raised later)"
             )
         until = self._iterations(spec.until, start, driver, overrides, f"{where}.until")
-        for key, n in [("until", until), *(("milestones", m) for m in spec.milestones)]:
-            if n > horizon:
-                raise NemoflowError(f"{where}.{key}: {n} lies past the schedule's horizon {horizon}")
-            if n <= start:
-                raise NemoflowError(f"{where}.{key}: {n}: the stage starts at {start}, as init carries the counters")
         if isinstance(spec, grammar.Sft) and spec.data.pad_multiple % (wanted := driver.padding(overrides)):
             raise NemoflowError(
                 f"{where}.data.pad_multiple: {spec.data.pad_multiple}: context parallelism needs a multiple of {wanted}"
             )
-        data = reads = self._data(spec.data, f"stages[{spec.name}].data")
+        data = self._data(spec.data, f"stages[{spec.name}].data")
         if isinstance(spec, grammar.Pretrain):
-            data = self._index(spec, driver, overrides, reads, (until - start, horizon - start), where)
+            if batch is None:
+                raise NemoflowError(
+                    f"{where}.overrides: train.global_batch_size is missing: it defines the data's order"
+                )
+            data = self._index(spec, driver, overrides, data, (horizon - start) * batch)
+        stage = self._frozen(spec, overrides, driver, data=data, horizon=horizon, init=init, version=spec.version)
+        trained = Trained(
+            spec, driver, overrides, stage, start, until, horizon, data, consumed, batch, scheduled, consumed
+        )
+        chain = [trained]
+        for number, edit in enumerate(getattr(spec, "edits", [])):
+            chain.append(self._edited(chain, edit, f"{where}.edits[{number}]"))
+        for key, n in [("until", chain[-1].until), *(("milestones", m) for m in spec.milestones)]:
+            if n > chain[-1].horizon:
+                raise NemoflowError(f"{where}.{key}: {n} lies past the schedule's horizon {chain[-1].horizon}")
+            if n <= start:
+                raise NemoflowError(f"{where}.{key}: {n}: the stage starts at {start}, as init carries the counters")
+        if chain[-1].until <= chain[-1].start:
+            raise NemoflowError(f"{where}.until: {chain[-1].until}: the last of the edits begins at {chain[-1].start}")
+        for n in [*spec.milestones, chain[-1].until]:
+            _holder(chain, n, where).wanted.add(n)
+        for each in chain:
+            each.wanted.add(each.until)
+            if isinstance(spec, grammar.Pretrain):
+                reads = each.samples(each.until) - each.stream
+                # One order may be read by several stages: the one that reads most of it decides
+                before = self.launch.get(each.data, {}).get("reads", 0)
+                self.launch[each.data] = {"max_epochs": spec.data.max_epochs, "reads": max(reads, before)}
+        return chain
+
+    def _edited(self, chain: list[Trained], edit, where: str) -> Trained:
+        """The trajectory that goes on from state `edit.at` of the last one of `chain`, which ends there."""
+        before, driver = chain[-1], chain[-1].engine
+        spec, at = before.spec, edit.at
+        if not before.start < at < before.horizon:
+            raise NemoflowError(
+                f"{where}.at: {at}: the stage so far has states from {before.start + 1} to {before.horizon - 1} to go "
+                "on from; edits stand in order"
+            )
+        refuse(edit.overrides, driver.REFUSED, f"{where}.overrides")
+        driver.check(edit.overrides, f"{where}.overrides")
+        for key in edit.overrides:
+            if key.partition(".")[0] not in EDITABLE:
+                raise NemoflowError(
+                    f"{where}.overrides.{key}: an edit changes settings of {' and '.join(EDITABLE)}; "
+                    "with another one make a stage of its own, with init: {from, at, carry}"
+                )
+        overrides = {**before.overrides, **edit.overrides}
+        batch = overrides.get("train.global_batch_size")
+        if batch is None:
+            raise NemoflowError(f"{where}: needs train.global_batch_size in the recipe's overrides, to count samples")
+        consumed, end = before.samples(at), before.samples(before.horizon)
+        horizon = at + (end - consumed) // batch
+        if edit.skip >= horizon - at:
+            raise NemoflowError(f"{where}.skip: {edit.skip}: nothing would be left until the horizon, {horizon}")
+        other = getattr(edit, "data", None)
+        data, stream = before.data, before.stream
+        if other:
+            blend = self._data(other, f"{where}.data".removeprefix(f"{self.file}: "))
+            data, stream = self._index(spec, driver, overrides, blend, (horizon - at) * batch), consumed
+        elif isinstance(spec, grammar.Pretrain):
+            index = self.store.load(before.data).payload  # the same order; only the validation set's size may differ
+            data = self._index(spec, driver, overrides, index["data"], index["samples"])
+        stage = self._frozen(
+            spec,
+            overrides,
+            driver,
+            data=data,
+            horizon=horizon,
+            init={"from": before.stage.identity, "at": at, "carry": "all"},
+            skip=edit.skip,
+            stream=None if other else stream,
+        )
+        until = before.until
+        if isinstance(spec.until, grammar.TokenCount):
+            length = driver.sequence_length(overrides)
+            left = -(-spec.until.tokens // length) - (consumed - chain[0].consumed)
+            until = at + -(-left // batch)
+        before.until = at
+        return Trained(
+            spec, driver, overrides, stage, at, until, horizon, data, consumed, batch, before.scheduled, stream
+        )
+
+    def _frozen(self, spec, overrides: dict, driver: ModuleType, **settings) -> Stage:
         identity = self._add(
             spec.kind,
             engine=spec.engine,
             function=getattr(spec, "function", None),
+            arguments=getattr(spec, "arguments", None),
             algorithm=getattr(spec, "algorithm", None),
+            hf_config=self.spec.hf_config if isinstance(spec, grammar.Pretrain) else None,
+            peft=getattr(spec, "peft", None),
             overrides={k: v for k, v in overrides.items() if not driver.outside(k)},
             tokenizer=self.tokenizer,
-            data=data,
-            horizon=horizon,
-            init=init,
-            version=spec.version,
+            **settings,
         )
-        trained = Trained(spec, driver, overrides, self.store.load(identity), start, until, horizon, data)
-        trained.wanted = {until, *spec.milestones}
-        self.stages[spec.name] = trained
-        return trained
+        return self.store.load(identity)
 
-    def _index(self, spec, driver: ModuleType, overrides: dict, blend: str, iterations: tuple[int, int], where: str):
-        """The order in which a stage reads its blend. iterations: of the stage itself, and to its horizon."""
-        batch = overrides.get("train.global_batch_size")
-        if batch is None:
-            raise NemoflowError(f"{where}.overrides: train.global_batch_size is missing: it defines the data's order")
-        identity = self._add(
+    def _index(self, spec, driver: ModuleType, overrides: dict, blend: str, samples: int) -> str:
+        """The order in which a stage reads its blend."""
+        return self._add(
             "index",
             engine=spec.engine,
             function=spec.function,
+            arguments=spec.arguments,
+            hf_config=self.spec.hf_config,
             overrides=driver.index_overrides(overrides),
             data=blend,
             tokenizer=self.tokenizer,
-            samples=iterations[1] * batch,
+            samples=samples,
         )
-        self.launch[identity] = {"max_epochs": spec.data.max_epochs, "reads": iterations[0] * batch}
-        return identity
 
-    def _init(self, spec, parent: Trained | None, driver: ModuleType, overrides: dict, where: str):
-        """(first iteration, the payload's `init`) of a stage."""
+    def _init(self, spec, parent: Model | list[Trained] | None, driver: ModuleType, overrides: dict, where: str):
+        """Where a stage starts: iteration, samples of the counter, the schedule's batch size, the payload's `init`."""
         if parent is None:
-            return 0, None
-        at = spec.init.at or parent.until
-        if not parent.start < at <= parent.horizon:
-            raise NemoflowError(
-                f"{where}.init.at: {at}: {parent.spec.name} has states from {parent.start + 1} to {parent.horizon}"
-            )
-        parent.wanted.add(at)
+            return 0, 0, None, None
         if spec.init.carry not in driver.CARRIES:
             raise NemoflowError(
                 f"{where}.init.carry: {spec.init.carry!r}: engine {spec.engine} carries {' or '.join(driver.CARRIES)}"
             )
+        if isinstance(parent, Model):
+            if spec.init.at or spec.init.carry != "weights":
+                raise NemoflowError(
+                    f"{where}.init: {spec.init.stage} is a model without counters or optimizer: write "
+                    f"{{from: {spec.init.stage}, carry: weights}}"
+                )
+            holder, at, start = parent, None, {"from": parent.stage.identity}
+        else:
+            at = spec.init.at or parent[-1].until
+            holder = _holder(parent, at, f"{where}.init.at")
+            holder.wanted.add(at)
+            start = {"from": holder.stage.identity, "at": at}
         if driver.STARTS_FROM == "export":
-            return 0, {"export": self._export(parent, at), "carry": spec.init.carry}
-        if parent.engine.STARTS_FROM == "export":
+            return 0, 0, None, {"export": self._export(holder, at), "carry": spec.init.carry}
+        if holder.engine.STARTS_FROM == "export":
             raise NemoflowError(
-                f"{where}.init.from: {parent.spec.name} is trained by engine {parent.spec.engine}, whose checkpoints "
+                f"{where}.init.from: {holder.spec.name} is trained by engine {holder.spec.engine}, whose checkpoints "
                 f"engine {spec.engine} cannot read"
             )
-        if spec.init.carry == "all":
-            ours, theirs = (
-                {k: v for k, v in o.items() if k.startswith("scheduler.")} for o in (overrides, parent.overrides)
+        if getattr(holder.spec, "peft", None):
+            raise NemoflowError(
+                f"{where}.init.from: the checkpoints of {holder.spec.name} hold adapters alone; its whole model is "
+                f"hf_export/{self.name}@{holder.spec.name}, which an import stage can take"
             )
-            for key in sorted(ours.keys() | theirs.keys()):
-                if ours.get(key) != theirs.get(key):
-                    raise NemoflowError(
-                        f"{where}.overrides.{key}: {ours.get(key)!r}, but {parent.spec.name} has {theirs.get(key)!r}: "
-                        "under carry: all both go on one schedule; put it whole in the recipe's shared overrides"
-                    )
-        start = at if spec.init.carry == "all" else 0
-        return start, {"from": parent.stage.identity, "at": at, "carry": spec.init.carry}
+        if getattr(spec, "peft", None) and spec.init.carry != "weights":
+            raise NemoflowError(f"{where}.init.carry: {spec.init.carry}: adapters are new; write carry: weights")
+        init = {**start, "carry": spec.init.carry}
+        if spec.init.carry != "all":
+            return 0, 0, None, init
+        ours, theirs = (
+            {k: v for k, v in o.items() if k.startswith("scheduler.")} for o in (overrides, holder.overrides)
+        )
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise NemoflowError(
+                    f"{where}.overrides.{key}: {ours.get(key)!r}, but {holder.spec.name} has {theirs.get(key)!r}: "
+                    "under carry: all both go on one schedule; put it whole in the recipe's shared overrides"
+                )
+        return at, holder.samples(at), holder.scheduled, init
 
     @staticmethod
     def _iterations(steps, start: int, driver: ModuleType, overrides: dict, where: str) -> int | None:
@@ -412,11 +601,11 @@ class Recipe:
             return start + -(-steps.tokens // per_iteration)
         return steps
 
-    def _export(self, trained: Trained, at: int) -> str:
+    def _export(self, model: Model | Trained, at: int | None) -> str:
         return self._add(
             "hf_export",
-            engine=trained.spec.engine,
-            of={"trajectory": trained.stage.identity, "at": at},
+            engine=model.spec.engine,
+            of={"trajectory": model.stage.identity, **({"at": at} if at else {})},
             tokenizer=self.tokenizer,
             dtype=self.spec.export.dtype,
         )
@@ -437,28 +626,27 @@ class Recipe:
             if at:
                 raise NemoflowError(f"{name}: data has no states; write data/{self.name}@{stage}")
             return {"": Target(self.store.load(self.datasets[stage]))}
-        if stage and stage not in self.stages:
-            raise NemoflowError(f"{name}: {self.file} has no stage {stage!r}{_near(stage, self.stages)}")
+        if stage and stage not in self.stages and stage not in self.models:
+            raise NemoflowError(
+                f"{name}: {self.file} has no stage {stage!r}{_near(stage, (*self.models, *self.stages))}"
+            )
         if kind == "data":
             if at:
                 raise NemoflowError(f"{name}: data has no states; write data/{self.name}@STAGE")
+            if stage in self.models:
+                raise NemoflowError(f"{name}: stage {stage} is {self.models[stage].spec.kind}, which reads no data")
             data = {n: t.data for n, t in self.stages.items()} | self.datasets
             shown = {n: Target(self.store.load(identity)) for n, identity in data.items()}
             return {"": shown[stage]} if stage else shown
-        if stage:
-            trained = self.stages[stage]
-            if kind not in (trained.spec.kind, "hf_export"):
-                raise NemoflowError(
-                    f"{name}: stage {stage} is {trained.spec.kind}: {trained.spec.kind}/{self.name}@{stage}"
-                )
-        else:
-            of_kind = [t for t in self.stages.values() if kind in (t.spec.kind, "hf_export")]
-            if not of_kind:
-                raise NemoflowError(f"{name}: {self.file} has no stage of kind {kind}")
-            trained = of_kind[-1]
-        at = at or trained.until
+        model = self._meant(kind, stage, name)
+        if isinstance(model, Model):
+            if at:
+                raise NemoflowError(f"{name}: stage {model.spec.name} is {model.spec.kind}, which has no states")
+            return {"": Target(self.store.load(self._export(model, None)) if kind == "hf_export" else model.stage)}
+        at = at or model[-1].until
+        trained = _holder(model, at, name)
         if at not in trained.wanted:
-            kept = sorted(trained.wanted | set(trained.stage.sealed_states()))
+            kept = sorted(n for t in model for n in t.wanted | set(t.stage.sealed_states()))
             if at not in kept:
                 raise NemoflowError(
                     f"{name}: state {at} is neither `until` nor a milestone of {trained.spec.name}; there are "
@@ -466,18 +654,45 @@ class Recipe:
                 )
         if kind == "hf_export":
             return {"": Target(self.store.load(self._export(trained, at)))}
-        return {"": Target(trained.stage, at)}
+        return {"": Target(trained.stage, at, "digests.json" if kind == "seal" else None)}
+
+    def _meant(self, kind: str, stage: str | None, name: str) -> Model | list[Trained]:
+        """The stage that a name means: the one it says, or the last of its kind."""
+        views = {"hf_export": ("import", "average", *kinds.TRAINED), "seal": kinds.TRAINED}.get(kind, (kind,))
+        if stage:
+            model = self.models.get(stage) or self.chains[stage]
+            own = model.spec.kind if isinstance(model, Model) else model[-1].spec.kind
+            if own not in views:
+                raise NemoflowError(f"{name}: stage {stage} is {own}: {own}/{self.name}@{stage}")
+            return model
+        trained = [chain for chain in self.chains.values() if chain[-1].spec.kind in views]
+        models = [model for model in self.models.values() if model.spec.kind in views]
+        if not trained and not models:
+            raise NemoflowError(f"{name}: {self.file} has no stage of kind {kind}")
+        return trained[-1] if trained else models[-1]
 
     def names(self) -> list[str]:
         """The names this recipe offers, in the order of the chain."""
         found = [f"tokenizer/{self.name}", f"data/{self.name}"]
         found += [f"data/{self.name}@{stage}" for stage in (*self.stages, *self.datasets)]
+        found += [f"{model.spec.kind}/{self.name}@{stage}" for stage, model in self.models.items()]
         for kind in kinds.TRAINED:
             stages = [name for name, t in self.stages.items() if t.spec.kind == kind]
             found += [f"{kind}/{self.name}"] if stages else []
             found += [f"{kind}/{self.name}@{stage}" for stage in stages] if len(stages) > 1 else []
             found += [f"{kind}/{self.name}@{s}:{m}" for s in stages for m in self.stages[s].spec.milestones]
-        return [*found, *(f"hf_export/{self.name}@{stage}" for stage in self.stages), f"hf_export/{self.name}"]
+        found += [f"hf_export/{self.name}@{stage}" for stage in (*self.models, *self.stages)]
+        return [*found, f"hf_export/{self.name}"]
+
+
+def _holder(chain: list[Trained], at: int, where: str) -> Trained:
+    """The trajectory of a stage that state `at` belongs to. Raises NemoflowError when the stage has no such state."""
+    for trained in chain:
+        if trained.start < at <= (trained.until if trained is not chain[-1] else trained.horizon):
+            return trained
+    raise NemoflowError(
+        f"{where}: {at}: {chain[-1].spec.name} has states from {chain[0].start + 1} to {chain[-1].horizon}"
+    )
 
 
 def _near(word: str, known) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 from nemoflow import kinds
@@ -83,15 +84,21 @@ class Trajectory:
     def request(self) -> dict:
         """What the trainer is told; every path absolute."""
         payload, launch = self.payload, self.job.launch
+        guard = launch.get("guard", {"spike": "3", "patience": 20})
         data = self.job.input("data").resolve()
         request = {
             "kind": payload["kind"],
             "function": payload.get("function"),
+            "arguments": payload.get("arguments", {}),
+            "hf_config": payload.get("hf_config"),
+            "peft": payload.get("peft"),
             "algorithm": payload.get("algorithm"),
             "overrides": payload.get("overrides", {}) | launch.get("overrides", {}),
             "tokenizer": str(self.job.input("tokenizer").resolve()),
             "init": None,
             "start": self.start,
+            "stream": payload.get("stream"),
+            "skip": payload.get("skip", 0),
             "horizon": payload["horizon"],
             "stop": self.job.at,
             "wanted": self.wanted(),
@@ -101,6 +108,10 @@ class Trajectory:
             "scratch": str((self.directory / "scratch").resolve()),
             "metrics": str(self.metrics.resolve()),
             "config": str((self.directory / "config").resolve()),
+            "resources": launch.get("resources", {"nodes": 1, "gpus_per_node": 1, "gpu": None}),
+            "keep": launch.get("keep", {"last": 2, "every": None}),
+            "guard": guard | {"spike": float(Fraction(guard["spike"])) if guard["spike"] else None},
+            "stop_file": str((self.directory / "stop").resolve()),
         }
         match payload["kind"]:
             case "pretrain":
@@ -124,7 +135,7 @@ class Trajectory:
             init = payload["init"]
             request["init"] = {
                 "checkpoint": str((state / "checkpoint").resolve()),
-                "at": init["at"],
+                "at": init.get("at", 0),
                 "carry": init["carry"],
             }
         if model := self.job.input("model"):

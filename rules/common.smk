@@ -91,6 +91,12 @@ def upstream(wildcards):
     return [ancient(path) for path in clearly(session.inputs, wildcards.id, number(wildcards))]
 
 
+def state(wildcards):
+    """The trained state whose digests are wanted."""
+    begin()
+    return ancient(f"{STORE}/{wildcards.kind}/{wildcards.label}-{wildcards.id}/at-{wildcards.n}/artifact.json")
+
+
 def named(wildcards):
     """The artifacts that a name shows."""
     begin()
@@ -124,6 +130,9 @@ class Plan(logging.Handler):
             clearly(session.check_raw_files, [job.wildcards.id for job in jobs])
             lines = []
             for needed in jobs:
+                if needed.rule.name == "seal":
+                    lines.append(f"  digests of {title(needed.wildcards)}: new")
+                    continue
                 key = needed.wildcards.id, number(needed.wildcards)
                 lines.append(f"  {title(needed.wildcards)}: {clearly(session.plan, *key)}")
                 epochs = clearly(session.epochs, *key)
@@ -145,6 +154,7 @@ wildcard_constraints:
     label="[a-z0-9.-]+",
     id="[0-9a-f]{12}",
     n="[0-9]+",
+    kind="pretrain|sft|rl",
     view="|".join(VIEWS),
     name=".+",
 

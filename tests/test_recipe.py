@@ -156,7 +156,7 @@ def test_bad_extends(refused, recipes, message):
         ([("shards: 2, args", "shard: 2, args")], "sources.sums.shard: unknown key; did you mean 'shards'?"),
         ([("format: jsonl,", "formats: jsonl,")], "sources.lines.formats: unknown key; did you mean 'format'?"),
         ([("algorithm: grpo", "algorithm: grpo\n    function: f")], "stages[rl].function: unknown key"),
-        ([("kind: sft", "kind: stf")], "stages[sft].kind: 'stf' is no kind of stage; known: pretrain, sft, rl"),
+        ([("kind: sft", "kind: stf")], "stages[sft].kind: 'stf' is no kind of stage; known: import,"),
         ([("    kind: sft\n", "")], "stages[sft].kind: None is no kind of stage"),
         ([("until: 12", "until: 12.0")], "stages[sft].until: 12.0: input should be a valid integer"),
         ([("until: 12", "until: '12'")], "stages[sft].until: '12': input should be a valid integer"),

@@ -190,7 +190,7 @@ def test_the_plan_tells_new_from_resumed_reached_and_finished():
     reach(phase2, 25, 30)
     assert session.plan(phase2.identity, 40) == "resume, 30 of 40 done"
     assert session.plan(phase2.identity, 25) == "reached 25; is sealed, without training"
-    with pytest.raises(NemoflowError, match=r"pretrain phase2 of demo: until: 27: .* at 30, and kept 25, 30; choose"):
+    with pytest.raises(NemoflowError, match=r"pretrain phase2 of demo: state 27: .* at 30, and kept 25, 30; choose"):
         session.plan(phase2.identity, 27)
     finish(session)
     assert session.plan(phase2.identity, 40) == "finished; only its record is written again"
@@ -207,7 +207,10 @@ def test_what_is_no_identity_goes_beside_the_artifact():
     session.prepare()
     launch = json.loads((trajectory("phase1").directory / "launch.json").read_text())
     assert launch == {
+        "guard": {"patience": 20, "spike": "3"},
+        "keep": {"every": None, "last": 2},
         "overrides": {"sleep.seconds": 3},
+        "resources": {"gpu": None, "gpus_per_node": 1, "nodes": 1},
         "save_interval": 5,
         "title": "pretrain phase1 of demo",
     }

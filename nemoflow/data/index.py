@@ -65,6 +65,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     request = out / "request.json"
     request_of_engine = {
         "function": payload.get("function"),
+        "arguments": payload["arguments"],
+        "hf_config": payload["hf_config"] or None,
         "overrides": payload["overrides"],
         "tokenizer": str(inputs["tokenizer"].resolve()),
         "blend": str(blend),

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 STARTS_FROM = "checkpoint"
-CARRIES = ("all", "weights")
+CARRIES = ("all", "weights", "weights+optimizer")
 
 SECTIONS = [
     "checkpoint",
