@@ -336,6 +336,128 @@ def test_impossible_trajectories_are_refused(stage, settings, message):
     assert message in text
 
 
+# -- edits -------------------------------------------------------------------------------------------------------------
+
+
+def edited(*edits, **settings) -> Recipe:
+    """MEGATRON, 40 samples of 256 tokens in 10 iterations of 4 on a schedule of 50, with edits."""
+    data = yaml.safe_load(MEGATRON)
+    data["stages"][0] |= {"edits": list(edits), **settings}
+    return resolve(yaml.safe_dump(data))
+
+
+def test_an_edit_goes_on_from_a_state_and_leaves_what_was_trained():
+    plain, recipe = edited(), edited({"at": 6, "skip": 2, "overrides": {"optimizer.lr": 0.0005}})
+    before, after = recipe.chains["base"]
+    assert before.stage.identity == plain.stages["base"].stage.identity, "the stage so far is the same trajectory"
+    assert (before.until, before.wanted) == (6, {6})
+    assert (after.start, after.until, after.horizon) == (6, 10, 50)
+    payload = after.stage.payload
+    assert payload["init"] == {"from": before.stage.identity, "at": 6, "carry": "all"}
+    assert (payload["skip"], payload["stream"]) == (2, 0), "the data goes on where it was"
+    assert payload["data"] == before.stage.payload["data"]
+    assert payload["overrides"]["optimizer.lr"] == 0.0005
+    assert recipe.stages["base"] is after, "who starts from the stage starts from the last of its trajectories"
+    assert recipe.stages["rl"].stage.payload["init"] != plain.stages["rl"].stage.payload["init"]
+
+
+def test_another_batch_size_keeps_tokens_and_the_schedules_length():
+    before, after = edited({"at": 4, "overrides": {"train.global_batch_size": 8}}).chains["base"]
+    # 16 of 200 samples of the schedule are behind, 24 of the stage's 40 to come
+    assert (after.start, after.horizon, after.until) == (4, 4 + 184 // 8, 4 + 3)
+    index, changed = (t.stage.store.load(t.data).payload for t in (before, after))
+    assert index["samples"] == changed["samples"] == 200, "another number would be another order"
+
+
+def test_a_new_blend_is_read_from_its_start():
+    _, after = edited({"at": 5, "data": {"blend": {"topics": 1}}}).chains["base"]
+    assert "stream" not in after.stage.payload
+    assert after.stage.store.load(after.data).payload["samples"] == 45 * 4
+
+
+def test_edits_follow_each_other():
+    recipe = edited(
+        {"at": 3, "overrides": {"train.global_batch_size": 2}},
+        {"at": 7, "skip": 1},
+        until={"tokens": 10_240},
+        milestones=[2, 5, 9],
+    )
+    first, second, third = recipe.chains["base"]
+    assert [t.wanted for t in (first, second, third)] == [{2, 3}, {5, 7}, {9, 17}]
+    assert third.until == 7 + (40 - 12 - 8) // 2
+    assert third.stage.payload["stream"] == 0
+    assert third.stage.payload["overrides"]["train.global_batch_size"] == 2
+    assert recipe.view("pretrain", "base", 5)[""].stage == second.stage
+
+
+def test_a_later_phase_with_another_batch_size_stays_on_the_schedule():
+    data = yaml.safe_load(MEGATRON)
+    second = data["stages"][0] | {"name": "second", "init": {"from": "base", "carry": "all"}}
+    second["overrides"] = {"train.global_batch_size": 8}
+    data["stages"].insert(1, second)
+    stages = resolve(yaml.safe_dump(data)).stages
+    assert (stages["second"].start, stages["second"].until) == (10, 15)
+    assert stages["second"].horizon == 10 + (200 - 40) // 8
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"at": 50}, "edits[0].at: 50: the stage so far has states from 1 to 49 to go on from"),
+        ({"at": 5, "skip": 45}, "edits[0].skip: 45: nothing would be left until the horizon, 50"),
+        (
+            {"at": 5, "overrides": {"scheduler.lr_decay_iters": 9}},
+            "edits[0].overrides.scheduler.lr_decay_iters: an edit",
+        ),
+        ({"at": 5, "overrides": {"model.seq_length": 9}}, "edits[0].overrides.model.seq_length: an edit changes"),
+        ({"at": 5, "overrides": {"train.train_iters": 9}}, "overrides.train.train_iters: a recipe cannot set this"),
+        ({"at": 12}, "until: 10: the last of the edits begins at 12"),
+        ({"at": 0}, "edits[0].at: 0: input should be greater than 0"),
+    ],
+)
+def test_impossible_edits_are_refused(edit, message):
+    with pytest.raises(NemoflowError) as error:
+        edited(edit, until=10)
+    assert message in str(error.value)
+
+
+# -- models that are not trained ---------------------------------------------------------------------------------------
+
+
+def averaged(**settings) -> Recipe:
+    data = yaml.safe_load(MEGATRON)
+    data["stages"].insert(1, {"name": "mean", "kind": "average", "of": {"stage": "base", "at": [6, 8]}, **settings})
+    data["stages"][2]["init"]["from"] = "mean"
+    return resolve(yaml.safe_dump(data))
+
+
+def test_an_average_wants_the_states_it_is_of():
+    recipe = averaged()
+    base, mean = recipe.stages["base"], recipe.models["mean"]
+    assert base.wanted == {6, 8, 10}
+    assert mean.stage.payload["of"] == [{"trajectory": base.stage.identity, "at": n} for n in (6, 8)]
+    assert mean.stage.label == "nemotron-3-nano-pretrain-6-and-1-more"
+    export = recipe.view("hf_export", "mean")[""].stage
+    assert export.payload["of"] == {"trajectory": mean.stage.identity}
+    assert export.label == f"{mean.stage.label}-average"
+    assert recipe.stages["rl"].stage.payload["init"]["export"] == export.identity
+    assert recipe.view("average")[""].stage == mean.stage
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"of": {"stage": "base", "at": [6, 51]}}, "stages[mean].of.at: 51: base has states from 1 to 50"),
+        ({"of": {"stage": "bass", "at": [6, 8]}}, "stages[mean].of.stage: no stage 'bass'; did you mean 'base'?"),
+        ({"of": {"stage": "base", "at": [6]}}, "stages[mean].of.at: [6]: list should have at least 2 items"),
+    ],
+)
+def test_impossible_averages_are_refused(settings, message):
+    with pytest.raises(NemoflowError) as error:
+        averaged(**settings)
+    assert message in str(error.value)
+
+
 def test_an_engine_that_cannot_read_the_parents_checkpoint_is_refused():
     data = yaml.safe_load(MEGATRON)
     data["stages"].append(data["stages"][0] | {"name": "more", "init": {"from": "rl", "carry": "weights"}})
