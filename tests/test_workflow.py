@@ -81,6 +81,7 @@ def remove_snakemake(work: Work) -> None:
 
 def change_what_is_no_identity(work: Work) -> None:
     work.set("sft", save_interval=3, milestones=[12], overrides={"sleep.seconds": 0.5})
+    work.set("phase1", resources={"gpus_per_node": 2}, keep={"last": 5}, guard={"spike": None})
 
 
 def rename_stage(work: Work) -> None:
@@ -420,6 +421,28 @@ def test_a_branch_from_a_kept_state_trains_the_branch_only(demo: Work, at: int):
     assert (
         json.loads((demo.path / "pretrain/demo@branch/artifact.json").read_text())["measures"]["iterations"] == 25 - at
     )
+
+
+def test_an_edit_rolls_back_to_a_kept_state_and_trains_what_follows(demo: Work):
+    demo.run("pretrain/demo")
+    before = demo.trajectory("pretrain/demo")
+    demo.set("phase2", edits=[{"at": 30, "skip": 2, "overrides": {"optimizer.lr": 0.0005}}])
+    assert demo.planned("rl/demo", "pretrain/demo") == {"pretrain": 2, "sft": 1, "rl": 1, "name": 2}
+    output = demo.run("rl/demo", "pretrain/demo")
+    assert "pretrain phase2 of demo to 30: reached 30; is sealed, without training" in output
+    assert "pretrain phase2 of demo to 40: new, iterations 31 to 40" in output
+    after = demo.trajectory("pretrain/demo")
+    assert after != before
+    assert demo.iterations(after) == list(range(31, 41))
+    assert demo.iterations(before) == list(range(21, 41)), "what was trained stays where it is"
+    demo.set("phase2", edits=[])
+    assert demo.planned("rl/demo") == {"name": 1}, "taking the edit back finds the old one"
+
+
+def test_an_edit_of_a_state_that_was_not_kept_is_refused(demo: Work):
+    demo.set("phase2", edits=[{"at": 33}])
+    message = demo.refused("-n", "rl/demo")
+    assert "phase2 of demo: state 33: training has passed it, at 40, and kept 25, 30, 35, 40; choose one" in message
 
 
 def test_a_branch_from_a_state_that_was_not_kept_is_refused(demo: Work):
