@@ -57,26 +57,25 @@ def enable() -> None:
 @functools.cache
 def patch(training: bool = True) -> None:
     """Patch what refuses a CPU. After `enable`, before a model is built; `training=False` where nothing is trained."""
-    from nemoflow.cpu import patches
+    from nemoflow.cpu import adapters, patches
 
+    adapters.patch()
     patches.models()
     patches.random_states()
     patches.checkpoints()
     if training:
+        patches.communication()
+        patches.distributed_optimizer()
         patches.training()
 
 
 # Settings that name a CUDA kernel, a CUDA-only way to overlap or recompute, or a communicator; never a result.
 MODEL = {
     "transformer_impl": "local",
-    "sequence_parallel": False,
-    "tensor_model_parallel_size": 1,
     "context_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
-    "moe_token_dispatcher_type": "alltoall",
     "moe_flex_dispatcher_backend": None,
     "moe_shared_expert_overlap": False,
     "gradient_accumulation_fusion": False,
@@ -93,36 +92,45 @@ MODEL = {
     "use_te_rng_tracker": False,
 }
 
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+"""Ways to deal a model out among processes that gloo can serve. Context parallelism is none: only Transformer Engine's
+attention has it."""
 
-def adapt_model(model) -> None:
-    """Take from a model provider the kernels a CPU does not have. In place."""
+
+def adapt_model(model, processes: int = 1) -> None:
+    """Take from a model provider the kernels a CPU does not have, and parallel sizes over `processes`. In place."""
     from megatron.core.transformer.enums import AttnBackend
 
     for name, value in MODEL.items():
         setattr(model, name, value)
     model.attention_backend = AttnBackend.auto
+    if model.moe_token_dispatcher_type == "flex":
+        model.moe_token_dispatcher_type = "alltoall"
+    for name in SIZES:
+        if (getattr(model, name) or 1) > processes:
+            setattr(model, name, 1)
+    if model.pipeline_model_parallel_size == 1:
+        model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None
+    model.sequence_parallel = model.sequence_parallel and model.tensor_model_parallel_size > 1
 
 
 def adapt(config) -> None:
     """Take from a ConfigContainer the kernels, overlaps and communicators a CPU does not have. In place.
 
-    The distributed optimizer trains on gloo but does not resume, and its result is the plain one's. Parallel sizes over
-    1 need what gloo lacks, except pipeline and expert parallelism, which stay where there are processes enough.
+    Parallel sizes and the distributed optimizer stay, as far as there are processes for them.
     """
-    adapt_model(config.model)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
-        if getattr(config.model, name) > processes:
-            setattr(config.model, name, 1)
-    if config.model.expert_model_parallel_size > 1:
-        config.model.moe_token_dispatcher_type = "allgather"  # gloo's all-to-all refuses the split sizes it is given
+    adapt_model(config.model, int(os.environ.get("WORLD_SIZE", "1")))
     config.rng.te_rng_tracker = False
     config.comm_overlap = None
     config.env_vars = {}
     config.dist.distributed_backend = "gloo"
     config.dist.disable_jit_fuser = True
     for section in (config.ddp, config.optimizer):
-        section.use_distributed_optimizer = False
         section.overlap_param_gather = False
     config.ddp.overlap_grad_reduce = False
     config.ddp.average_in_collective = False

@@ -30,7 +30,7 @@ from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 
 from nemoflow import cpu
-from nemoflow.engines.megatron_bridge import REFUSED, outside
+from nemoflow.engines.megatron_bridge import REFUSED, outside, peft
 from nemoflow.errors import NemoflowError
 
 UNCOMPARED = (
@@ -126,6 +126,7 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
             checkpoint.dist_ckpt_strictness = "raise_unexpected"
         else:
             checkpoint.load = str(load)
+        peft.load_from(config, request, load)
     if sft and not request["data"]["valid"]:
         config.validation.eval_iters = 0
     if cpu.needed():
@@ -139,8 +140,10 @@ def prepare(request: dict) -> ConfigContainer:
     Raises NemoflowError as `build` does.
     """
     config = _recipe(request)
+    peft.configure(config, request)
     _place_data(config, request)
     apply_overrides(config, request["overrides"])
+    peft.check(config, request)
     _fit_length(config, request)
     return config
 
@@ -161,7 +164,7 @@ def _recipe(request: dict) -> ConfigContainer:
     model, _ = load_model_config(request["init"]["checkpoint"])
     hub = types.SimpleNamespace(to_megatron_provider=lambda **_: model)
     with mock.patch.object(AutoBridge, "from_hf_pretrained", return_value=hub):
-        return function()
+        return function(**peft.arguments(function, request))
 
 
 def _function(name: str):

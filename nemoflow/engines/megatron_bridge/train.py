@@ -114,6 +114,8 @@ def run(request: dict) -> None:
         raise NemoflowError(f"init.carry: {init['carry']}: this engine carries `all` or `weights`")
     if load:
         checkpoints.check(load)
+    if request.get("peft") and init:
+        checkpoints.check(Path(init["checkpoint"]))  # the base of adapters is read at every start
     if first:
         forget(Path(request["metrics"]), after=reached if complete else None)
 
@@ -128,11 +130,12 @@ def run(request: dict) -> None:
 
     if cpu.needed():
         cpu.patch()
-    from nemoflow.engines.megatron_bridge import config, data, loop
+    from nemoflow.engines.megatron_bridge import config, data, loop, peft
 
     gc.enable()
     gc.freeze()
 
+    peft.patch(request)
     settings = config.build(request, load)
     if first:
         config.record(settings, Path(request["config"]))
