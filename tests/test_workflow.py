@@ -376,7 +376,7 @@ def test_until_raised_goes_on_and_lowered_to_a_kept_state_trains_nothing(demo: W
     before = demo.state()
     for arguments in (["-n", "sft/demo"], ["sft/demo"]):
         message = demo.refused(*arguments)
-        assert "until: 7" in message
+        assert "state 7" in message
         assert "4, 8, 12, 16, 18" in message
     assert demo.state().keys() == before.keys() - {str(demo.path / "sft/demo")}
 

@@ -65,8 +65,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     request = out / "request.json"
     request_of_engine = {
         "function": payload.get("function"),
-        "arguments": payload["arguments"],
-        "hf_config": payload["hf_config"] or None,
+        "arguments": payload.get("arguments", {}),
+        "hf_config": payload.get("hf_config"),
         "overrides": payload["overrides"],
         "tokenizer": str(inputs["tokenizer"].resolve()),
         "blend": str(blend),
