@@ -33,7 +33,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     """Write the checkpoint of a trained state into `out`: config.json, model.safetensors, tokenizer, README.md, ...
 
     payload: {"engine": "megatron_bridge" | "trl", "dtype": "float32" | "bfloat16"}. inputs: {"state": directory with a
-    link `checkpoint`, "tokenizer": directory}. lineage: sealed records of all that the state comes from, in order.
+    link `checkpoint`, "tokenizer": directory}, and for a state of adapters "base": like "state", of the model beneath
+    them; then out/adapter holds them too (adapter.py). lineage: sealed records of all the state comes from, in order.
 
     Returns {"parameters", "bytes" of the weight files, "dtype"}.
 
@@ -44,7 +45,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
         raise NemoflowError(f"{checkpoint}: is missing; the state's checkpoint was moved or deleted")
     tokens = special_tokens(tokenizer)
     progress("converts the weights")
-    _convert(payload["engine"], checkpoint, tokens, payload["dtype"], out)
+    base = [inputs["base"] / "checkpoint"] if "base" in inputs else []
+    _convert(payload["engine"], checkpoint, tokens, payload["dtype"], out, *base)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     entries = layout.weights(out)
     layout.compare({name: tuple(e["shape"]) for name, e in entries.items()}, layout.expected(config), str(out))
@@ -101,11 +103,11 @@ def special_tokens(tokenizer: Path) -> dict:
     }
 
 
-def _convert(engine: str, checkpoint: Path, tokens: dict, dtype: str, out: Path) -> None:
+def _convert(engine: str, checkpoint: Path, tokens: dict, dtype: str, out: Path, *base: Path) -> None:
     """Run convert.py. Its error for people becomes a NemoflowError; what else it says goes to this process's stderr."""
     ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     package = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-m", "nemoflow.export.convert", engine, checkpoint, json.dumps(ids), dtype, out]
+    command = [sys.executable, "-m", "nemoflow.export.convert", engine, checkpoint, json.dumps(ids), dtype, out, *base]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p),
         "HF_HUB_OFFLINE": "1",

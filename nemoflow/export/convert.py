@@ -1,23 +1,25 @@
-"""The conversion itself: python -m nemoflow.export.convert ENGINE CHECKPOINT TOKENS DTYPE OUT
+"""The conversion itself: python -m nemoflow.export.convert ENGINE CHECKPOINT TOKENS DTYPE OUT [BASE]
 
 Writes config.json and the safetensors files into OUT. A process of its own, because it imports torch, transformers
 and, for the engine megatron_bridge, Megatron behind the device shim. ENGINE says what CHECKPOINT is: `megatron_bridge`
-an iter_* directory with its run_config.yaml, `trl` a directory that transformers saved.
+an iter_* directory with its run_config.yaml, `trl` a directory that transformers saved. Where CHECKPOINT holds adapters
+alone, BASE is that of the model beneath them; the model is written merged, and the adapters into OUT/adapter.
 """
 
 import errno
+import functools
 import json
 import math
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nemoflow.errors import NemoflowError
+from nemoflow.export import adapter, layout
 from nemoflow.export import config as spelling
-from nemoflow.export import layout
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -133,8 +135,16 @@ def _plain(name: str, value: Any) -> Any:
     return getattr(value, "__name__", value)
 
 
-def from_megatron(checkpoint: Path, tokens: dict[str, int]) -> tuple[Any, Iterator[tuple[str, Any]]]:
+def from_megatron(
+    checkpoint: Path,
+    tokens: dict[str, int],
+    adapted: Path | None = None,
+    change: Callable[[Any, list], None] | None = None,
+) -> tuple[Any, Iterator[tuple[str, Any]]]:
     """The config and the tensors (published name, torch.Tensor) of a Megatron-Bridge iter_* directory.
+
+    With adapters in a checkpoint of their own, `adapted`, that describes the model, and `change` puts them into it: it
+    is called with the bridge and the loaded model.
 
     Raises NemoflowError for a checkpoint that is cut off, or whose model has no NemotronH form.
     """
@@ -142,7 +152,7 @@ def from_megatron(checkpoint: Path, tokens: dict[str, int]) -> tuple[Any, Iterat
     from megatron.bridge.training.model_load_save import load_megatron_model, load_model_config
     from megatron.core import dist_checkpointing
 
-    provider, _ = load_model_config(str(checkpoint))
+    provider, _ = load_model_config(str(adapted or checkpoint))
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     rows = stored["embedding.word_embeddings.weight"].global_shape[0]
     config = hf_config(provider, rows, tokens)
@@ -156,6 +166,8 @@ def from_megatron(checkpoint: Path, tokens: dict[str, int]) -> tuple[Any, Iterat
             f"{checkpoint}: holds {held:,} numbers, its run_config.yaml describes a model of {asked:,}; "
             "they do not belong together"
         )
+    if change:
+        change(bridge, model)
     return config, bridge.export_hf_weights(model, cpu=True, show_progress=False)
 
 
@@ -207,12 +219,15 @@ def write(config: Any, tensors: Iterator[tuple[str, Any]], dtype: str, out: Path
     (out / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
 
 
-def main(engine: str, checkpoint: Path, tokens: dict[str, int], dtype: str, out: Path) -> None:
+def main(
+    engine: str, checkpoint: Path, tokens: dict[str, int], dtype: str, out: Path, base: Path | None = None
+) -> None:
     """Convert a checkpoint; see the module. `tokens`: bos_token_id, eos_token_id and pad_token_id."""
     if engine == "trl":
         write(*from_transformers(checkpoint), dtype, out)
         return
     check_megatron(checkpoint)
+    adapter.check(checkpoint, base)
     from nemoflow import cpu
 
     if on_cpu := cpu.needed():
@@ -222,12 +237,17 @@ def main(engine: str, checkpoint: Path, tokens: dict[str, int], dtype: str, out:
     if on_cpu:
         cpu.patch(training=False)
     with temporary_distributed_context(backend="gloo"):
-        write(*from_megatron(checkpoint, tokens), dtype, out)
+        if base is None:
+            write(*from_megatron(checkpoint, tokens), dtype, out)
+            return
+        check_megatron(base)
+        change = functools.partial(adapter.merge, checkpoint, dtype=dtype, out=out)
+        write(*from_megatron(base, tokens, checkpoint, change), dtype, out)
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+        main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], *map(Path, sys.argv[5:]))
     except NemoflowError as error:
         sys.exit(f"nemoflow: error: {error}")
     except Exception as error:

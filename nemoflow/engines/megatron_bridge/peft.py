@@ -90,6 +90,8 @@ def check(config: ConfigContainer, request: dict) -> None:
         raise NemoflowError(f"overrides.peft.dim: {config.peft.dim}: must be 1 or more")
     if getattr(config.peft, "experts_shared_outer_loras", False):
         raise NemoflowError("overrides.peft.experts_shared_outer_loras: such adapters cannot be exported; set false")
+    if "router" in config.peft.target_modules:
+        raise NemoflowError("overrides.peft.target_modules: router: an adapter of it cannot be exported; leave it out")
     if scheme == "dora" and config.model.num_moe_experts:
         for target in config.peft.target_modules:
             if target in MLP or any(wildcard_match(target, name) for name in EXPERT_NAMES):

@@ -1,0 +1,52 @@
+"""What test_peft.py runs beside Megatron, in a fork of its server."""
+
+from pathlib import Path
+
+from nemoflow.errors import NemoflowError
+
+POSITIONS = 64
+
+
+def configure(request: dict) -> dict:
+    """The adapters' settings that a request leads to, or what is said against it."""
+    from nemoflow.engines.megatron_bridge import config
+
+    try:
+        peft = config.prepare(request).peft
+    except NemoflowError as error:
+        return {"error": str(error)}
+    names = ("target_modules", "dim", "alpha", "dropout")
+    return {"kind": type(peft).__name__} | {name: getattr(peft, name) for name in names}
+
+
+def export(job: dict) -> dict:
+    """A conversion, as the program does it: {"checkpoint", "base", "tokens", "out"}."""
+    from nemoflow.export import convert
+
+    base = job["base"] and Path(job["base"])
+    try:
+        convert.main("megatron_bridge", Path(job["checkpoint"]), job["tokens"], "float32", Path(job["out"]), base)
+    except NemoflowError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def logits(job: dict) -> int:
+    """Megatron's own logits of a base with its adapters beside it, in `out`, for `ids` (2, POSITIONS)."""
+    import torch
+    from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
+    from megatron.core.utils import unwrap_model
+    from safetensors.torch import save_file
+
+    from nemoflow.export import adapter
+
+    with temporary_distributed_context(backend="gloo"):
+        model = unwrap_model(load_megatron_model(job["base"], use_cpu_init=True, skip_temp_dist_context=True))
+        adapter._load(Path(job["checkpoint"]), model)
+        ids = torch.randint(3, 300, (2, POSITIONS), generator=torch.Generator().manual_seed(0))
+        ahead = torch.triu(torch.ones(1, 1, POSITIONS, POSITIONS, dtype=torch.bool), diagonal=1)
+        positions = torch.arange(POSITIONS).expand(2, POSITIONS)
+        with torch.no_grad():
+            found = model[0].eval()(input_ids=ids, position_ids=positions, attention_mask=ahead)
+    save_file({"ids": ids, "logits": found.float().contiguous()}, job["out"])
+    return 0
