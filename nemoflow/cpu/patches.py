@@ -6,16 +6,34 @@ these names, and the tests of logit parity, packing and resuming are what would 
 
 import functools
 import queue
+from unittest import mock
 
 import megatron.bridge.models.hybrid.hybrid_provider as hybrid_provider
 import megatron.core.models.hybrid.hybrid_block as hybrid_block
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
 from megatron.core.tensor_parallel import random as rng
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from nemoflow.cpu.attention import PackedDotProductAttention
+
+
+class Norm(WrappedTorchNorm):
+    """Torch's norm under sequence parallelism, which the parent refuses.
+
+    Every tensor parallel rank then norms its own positions, so the gradients of the weights are parts of a sum. Megatron
+    adds them up for the parameters that are marked, as Transformer Engine's norms mark theirs.
+    """
+
+    def __new__(cls, config, *args, **kwargs):
+        with mock.patch.object(config, "sequence_parallel", False):
+            norm = super().__new__(cls, config, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
 
 
 def local_stack_spec():
@@ -25,11 +43,11 @@ def local_stack_spec():
     """
     spec = get_hybrid_stack_modelopt_spec(local_core_attention=True, remap_te_layernorm=False)
     layers = spec.submodules
-    layers.mamba_layer.submodules.norm = WrappedTorchNorm
-    layers.attention_layer.submodules.input_layernorm = WrappedTorchNorm
+    layers.mamba_layer.submodules.norm = Norm
+    layers.attention_layer.submodules.input_layernorm = Norm
     layers.attention_layer.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
-    layers.mlp_layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
-    layers.moe_layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    layers.mlp_layer.submodules.pre_mlp_layernorm = Norm
+    layers.moe_layer.submodules.pre_mlp_layernorm = Norm
     return spec
 
 
@@ -40,7 +58,7 @@ def models() -> None:
     HybridStack takes Transformer Engine's norm for its last one, whatever the spec says.
     """
     hybrid_provider.transformer_engine_hybrid_stack_spec = local_stack_spec
-    hybrid_block.TENorm = WrappedTorchNorm
+    hybrid_block.TENorm = Norm
 
 
 def random_states() -> None:
@@ -69,6 +87,55 @@ def checkpoints() -> None:
     clean-up after a failure does not look for that process either. `adapt` turns asynchronous saves off.
     """
     filesystem_async.get_write_results_queue = lambda *_: queue.Queue()
+
+
+def communication() -> None:
+    """Expert parallelism's all-to-all over gloo, which takes the numbers of tokens to send as ints only.
+
+    Megatron counts them as arrays of NumPy, whose elements are no ints.
+    """
+    exchange = token_dispatcher.all_to_all
+
+    def plain(sizes):
+        return None if sizes is None else [int(n) for n in sizes]
+
+    def with_ints(group, tokens, output_split_sizes=None, input_split_sizes=None, *rest, **options):
+        return exchange(group, tokens, plain(output_split_sizes), plain(input_split_sizes), *rest, **options)
+
+    token_dispatcher.all_to_all = with_ints
+
+
+def distributed_optimizer() -> None:
+    """The distributed optimizer goes on from a checkpoint with torch's Adam, which counts its steps per parameter.
+
+    Written for Adams that count them per group, Megatron's loading goes wrong in three places: it describes the state
+    of an optimizer that has none yet; it gives all parameters one and the same tensor as their counter, so that a
+    step counts as many as there are parameters; and it looks for the counter among the sharded tensors, or puts back
+    there the one from before loading. The counter of a parameter group, which is saved and loaded, is right.
+    """
+    describe, load, put = (
+        getattr(DistributedOptimizer, name)
+        for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
+    )
+
+    def state_dict(self):
+        if not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.zeros(())
+        return describe(self)
+
+    def load_state_dict(self, found):
+        load(self, found)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def put_without_step(self, parameter, tensors):
+        put(self, parameter, tensors | {"step": None})  # what is no tensor is left as it is
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = put_without_step
 
 
 def training() -> None:
