@@ -1,5 +1,9 @@
-"""The one exception meant for people: its text is the whole message, and no traceback is shown."""
+"""The exceptions meant for people: their text is the whole message, and no traceback is shown."""
 
 
 class NemoflowError(Exception):
     """Bad input or an impossible request: names the file, key or line, what is wrong and what would be right."""
+
+
+class Unfinished(NemoflowError):
+    """Work that left in time and can be gone on with: nothing is wrong, and the same command does it."""

@@ -1,4 +1,4 @@
-"""Which of a trajectory's checkpoints are complete. Imports no torch.
+"""Which of a trajectory's checkpoints are complete, and which of them are kept. Imports no torch.
 
 Megatron writes a checkpoint into `iter_<N>` file by file: the tensors, their index, the counters, then the tracker in
 the parent directory, and only after the tracker the run's configuration. A kill can fall between any two of these, or
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from nemoflow.errors import NemoflowError
@@ -20,6 +21,10 @@ COMPLETE = "complete.json"
 REQUIRED = (".metadata", "metadata.json", "train_state.pt", "run_config.yaml")
 """What every torch_dist checkpoint of a training run has, whoever wrote it."""
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file that names the newest checkpoint; written when all of that checkpoint is."""
+
+_REMOVED = ".removed"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -54,11 +59,43 @@ def _directories(checkpoints: Path) -> list[Path]:
 
 
 def remove_incomplete(checkpoints: Path) -> list[Path]:
-    """Delete what a killed save has left, since Megatron would write into it. Only under the stage's lock."""
+    """Delete what a killed save has left, since Megatron would write into it, and what a killed `remove` has.
+
+    Only under the stage's lock.
+    """
     left = [p for p in _directories(checkpoints) if not (p / COMPLETE).is_file()]
+    left += sorted(checkpoints.glob(f".iter_*{_REMOVED}"))
     for path in left:
         shutil.rmtree(path)
     return left
+
+
+def saved(checkpoints: Path) -> int:
+    """The iteration of the checkpoint that Megatron has finished writing last, by its tracker."""
+    return int((checkpoints / TRACKER).read_text(encoding="utf-8"))
+
+
+def size(checkpoint: Path) -> int:
+    """Bytes of a complete checkpoint, as recorded."""
+    record = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    return sum(record["files"].values())
+
+
+def prunable(complete: Collection[int], wanted: Collection[int], last: int = 2, every: int | None = None) -> list[int]:
+    """Which of the `complete` checkpoints need not be kept, ascending.
+
+    Kept are the `wanted` ones, the newest `last` but never fewer than two (the newest may turn out to be bad), and the
+    multiples of `every`.
+    """
+    old = sorted(complete)[: -max(last, 2)]
+    return [n for n in old if n not in wanted and not (every and n % every == 0)]
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. At no moment does a part of it look like a complete one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}{_REMOVED}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def check(checkpoint: Path) -> None:

@@ -30,7 +30,7 @@ from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 
 from nemoflow import cpu
-from nemoflow.engines.megatron_bridge import REFUSED, outside, peft
+from nemoflow.engines.megatron_bridge import REFUSED, outside, peft, tracking
 from nemoflow.errors import NemoflowError
 
 UNCOMPARED = (
@@ -107,8 +107,7 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
     config.train.train_iters = request["horizon"]
     config.train.exit_interval = request["stop"]
     config.scheduler.override_opt_param_scheduler = False
-    config.logger.tensorboard_dir = None
-    config.logger.log_timers_to_tensorboard = False
+    tracking.place(config, Path(request["metrics"]).parent)
 
     checkpoint, init = config.checkpoint, request["init"]
     checkpoint.save = request["checkpoints"]

@@ -46,11 +46,12 @@ class Window(Dataset):
         return self.inner[(index - self.start) % len(self.inner)]
 
 
-def provider(make: Callable, consumed: int, valid_samples: int) -> Callable:
+def provider(make: Callable, consumed: int, valid_samples: int, tagged: Callable = lambda window: window) -> Callable:
     """A Megatron-Bridge dataset provider that makes a stage's datasets with `make`, the provider for its configuration.
 
     consumed        samples that the trajectory had taken before this stage: where its own stream is placed
     valid_samples   size of the validation set, of which an evaluation reads all
+    tagged          what to make of the validation set (meters.py)
     The test set is left out: nothing reads it.
     """
 
@@ -63,7 +64,7 @@ def provider(make: Callable, consumed: int, valid_samples: int) -> Callable:
         if consumed:
             train = Window(train, consumed, len(train))
         if valid is not None and valid_samples:
-            valid = Window(valid, 0, valid_samples)
+            valid = tagged(Window(valid, 0, valid_samples))
         return train, valid, None
 
     return provide

@@ -9,7 +9,8 @@ import torch
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.eval import evaluate_and_print_results
 
-from nemoflow.engines.megatron_bridge import checkpoints
+from nemoflow.engines.megatron_bridge import meters
+from nemoflow.engines.megatron_bridge.watch import Watch
 from nemoflow.errors import NemoflowError
 
 
@@ -65,13 +66,15 @@ class Hooks(Callback):
         samples = state.consumed_train_samples - self.consumed + config.train.global_batch_size
         loss = context.loss_dict.get("lm loss") if context.loss_dict else None
         if loss is not None:
+            loss, seconds = float(loss), time.perf_counter() - self.begun
             self.write(
                 iteration=done,
-                loss=float(loss),
+                loss=loss,
                 lr=float(self.rate),
                 grad_norm=None if context.grad_norm is None else float(context.grad_norm),
-                seconds=round(time.perf_counter() - self.begun, 4),
+                seconds=round(seconds, 4),
                 tokens=samples * config.model.seq_length,
+                **meters.rates(context, seconds, config.train.global_batch_size * config.model.seq_length),
             )
         if done in self.wanted or self._asked_for(done):
             config.checkpoint.save_interval = done
@@ -85,15 +88,11 @@ class Hooks(Callback):
     def on_eval_end(self, context) -> None:
         loss = context.total_loss_dict.get("lm loss")
         if loss is not None:
-            self.write(iteration=context.state.train_state.step, valid_loss=float(loss))
-
-    def on_checkpoint_save(self, context) -> None:
-        if torch.distributed.get_rank() == 0:
-            step = context.state.train_state.step
-            checkpoints.mark_complete(Path(self.request["checkpoints"]) / f"iter_{step:07d}")
+            found = {key: context.user_state[key] for key in ("valid_losses",) if key in context.user_state}
+            self.write(iteration=context.state.train_state.step, valid_loss=float(loss), **found)
 
 
-def train_between(train: Callable, hooks: Hooks) -> Callable:
+def train_between(train: Callable, hooks: Hooks, watch: Watch) -> Callable:
     """Megatron-Bridge's `train`, preceded by an evaluation at a stage's first start, and ending without exiting.
 
     The loop leaves at `train.exit_interval` by SystemExit(0), which its caller takes for a failure. Validation and test
@@ -112,10 +111,12 @@ def train_between(train: Callable, hooks: Hooks) -> Callable:
                 callback_manager=options.get("callback_manager"),
             )
         try:
-            train(forward, model, optimizer, scheduler, train_data, valid_data, state, *rest, **options)
+            with watch.explained(state):
+                train(forward, model, optimizer, scheduler, train_data, valid_data, state, *rest, **options)
         except SystemExit as leaving:
             if leaving.code not in (0, None):
                 raise
+        watch.finish()
         state.train_state.do_valid = state.train_state.do_test = False
 
     return train_then_return

@@ -31,6 +31,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ def _passed(error: BaseException, functions: tuple[str, ...]) -> bool:
 
 def run(request: dict) -> None:
     """Train until `stop`, from the newest complete checkpoint of the stage, else from its init, else from nothing."""
+    started = time.time()
     own, first = Path(request["checkpoints"]), os.environ.get("RANK", "0") == "0"
     if first:
         own.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,7 @@ def run(request: dict) -> None:
 
     if cpu.needed():
         cpu.patch()
-    from nemoflow.engines.megatron_bridge import config, data, loop, peft
+    from nemoflow.engines.megatron_bridge import config, data, loop, meters, peft, tracking, watch
 
     gc.enable()
     gc.freeze()
@@ -147,15 +149,18 @@ def run(request: dict) -> None:
         if step != init["at"]:
             raise NemoflowError(f"{init['checkpoint']}: the checkpoint says iteration {step}, not {init['at']}")
         consumed = int(state["consumed_train_samples"])
+    sources = meters.Sources(meters.sources(Path(request["data"]["blend"])) if request["kind"] == "pretrain" else {})
     make, valid = trainer.get_dataset_provider(settings.dataset), config.valid_samples(settings)
     if request["kind"] == "pretrain":
         fits(request, consumed, settings.train.global_batch_size)
         make = data.indexed(make, Path(request["data"]["blend"]), data.must_be_built)
-    make = data.provider(make, consumed, valid)
+    make = data.provider(make, consumed, valid, sources.tagged)
     trainer.get_dataset_provider = lambda _: make
     hooks = loop.Hooks(request, reached, consumed, valid)
-    trainer.train = loop.train_between(trainer.train, hooks)
-    trainer.pretrain(settings, forward_step, callbacks=[hooks])
+    watching = watch.Watch(request, reached, started)
+    tracking.guard()
+    trainer.train = loop.train_between(trainer.train, hooks, watching)
+    trainer.pretrain(settings, sources.watching(forward_step), callbacks=[watching, sources, hooks])
 
 
 def fits(request: dict, consumed: int, batch: int) -> None:

@@ -1,0 +1,315 @@
+"""Leaving in time: before the job is ended from outside, when asked to, and when training goes wrong.
+
+Also what belongs to a save: when a checkpoint counts, which older ones go, and whether the next ones will fit.
+
+All processes of a run must leave at the same iteration. So after each one they agree in a single reduction of a few
+numbers: the first process knows the clock and the stop file, the last one the loss.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.bridge.training.callbacks import Callback
+from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from torch import distributed
+
+from nemoflow.engines.megatron_bridge import checkpoints
+from nemoflow.errors import NemoflowError
+from nemoflow.progress import human
+
+UNFINISHED_PREFIX = "nemoflow: unfinished: "
+"""How the one line is marked that says why a run left before its end; training.py reads it."""
+
+GRACE = 30
+"""Seconds between the planned leaving and the job's end for what nobody measures: taking the processes down."""
+
+STOPPED, OUT_OF_TIME = 1, 2
+
+
+class Guard:
+    """Tells a loss that ran away from one that is only noisy.
+
+    spike       a loss above this multiple of the running median is high; None: never
+    patience    so many high losses without one that is not mean that training has diverged
+    losses      the latest losses of the stage so far, where it goes on
+
+    The median is that of the last WINDOW losses that were not high, and says nothing before there are MINIMUM.
+    """
+
+    WINDOW = 128
+    MINIMUM = 10
+
+    def __init__(self, spike: float | None, patience: int, losses: Iterable[float] = ()):
+        self.spike, self.patience = spike, patience
+        self.usual: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
+        self.high = 0
+        """How many losses in a row have been high."""
+        for loss in losses:
+            self.see(loss)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.usual)
+
+    def see(self, loss: float) -> bool:
+        """Whether training has diverged, now that this is the next loss."""
+        if self.spike is not None and len(self.usual) >= self.MINIMUM and loss > self.spike * self.median:
+            self.high += 1
+        else:
+            self.high = 0
+            self.usual.append(loss)
+        return self.high >= self.patience
+
+
+class Watch(Callback):
+    """The callbacks that keep a run safe. To be called before those that measure.
+
+    request     as in train.py
+    reached     the iteration the run goes on after
+    started     time.time() at which this process began
+    """
+
+    def __init__(self, request: dict, reached: int, started: float):
+        self.request, self.reached, self.started = request, reached, started
+        self.directory = Path(request["checkpoints"])
+        self.metrics = Path(request["metrics"])
+        self.guard = Guard(None, 1)
+        self.save_seconds: float | None = None
+        self.first = self.longest = 0.0
+        self.last_end: float | None = None
+        self.done_at: dict[int, float] = {}
+        self.left: str | None = None
+        self.removing: list[threading.Thread] = []
+
+    # -- before the first iteration ----------------------------------------------------------------------------------
+
+    def on_data_init_start(self, context) -> None:
+        """Before any data is opened: what the run's past says, the same to all processes; and room for its saves.
+
+        Raises NemoflowError when fewer than two checkpoints would fit.
+        """
+        settings = self.request.get("guard") or {"spike": None, "patience": 1}
+        past = [_past(self.metrics) if _last_rank() else None]
+        distributed.broadcast_object_list(past, src=distributed.get_world_size() - 1)
+        losses, self.save_seconds = past[0]
+        self.guard = Guard(settings["spike"], settings["patience"], losses)
+        needed = checkpoint_bytes(context.model, context.state.cfg)
+        said = [self._room(needed) if distributed.get_rank() == 0 else None]
+        distributed.broadcast_object_list(said, src=0)
+        if said[0]:
+            raise NemoflowError(said[0])
+
+    def _room(self, needed: int) -> str | None:
+        """What is wrong with the space for the saves of this run; `needed`: estimated bytes of a checkpoint."""
+        complete = checkpoints.states(self.directory)
+        if complete:
+            needed = checkpoints.size(complete[max(complete)])
+        start, stop, interval = self.reached, self.request["stop"], self.request["save_interval"]
+        saves = len({*range(start // interval * interval, stop, interval), *self.request["wanted"], stop} - {0, start})
+        count = 1 if saves == 1 or len(complete) >= 2 else 2
+        free = shutil.disk_usage(self.directory).free
+        if free >= count * needed:
+            return None
+        return (
+            f"{self.directory}: {human(free)} are free, and {'two checkpoints take' if count == 2 else 'one takes'} "
+            f"{human(count * needed)}; free some, or write less often (save_interval) and keep less (keep)"
+        )
+
+    # -- after each iteration ----------------------------------------------------------------------------------------
+
+    def on_train_step_end(self, context) -> None:
+        """Agree on whether to leave. Raises NemoflowError, without a save, when training has diverged."""
+        state, config = context.state.train_state, context.state.cfg
+        done, now = state.step + 1, time.time()
+        if self.last_end is None:
+            self.first = now - self.started
+        else:
+            self.longest = max(self.longest, now - self.last_end)
+        self.last_end = self.done_at[done] = now
+        loss = context.loss_dict.get("lm loss") if context.loss_dict else None
+        why, loss, norm, memory = self._agree(loss, None if context.skipped_iter else context.grad_norm)
+        context.user_state["memory"] = memory
+        if not context.skipped_iter and (what := self._judge(loss, norm)):
+            raise NemoflowError(self.diverged(what, state, config))
+        if why and done < min(self.request["stop"], config.train.train_iters):
+            config.train.exit_interval = done  # by which the loop saves and leaves
+            self.left = self._reason(why, done)
+
+    def _judge(self, loss: float, norm: float) -> str | None:
+        """What is wrong with an iteration; None when it can be gone on from."""
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                return f"the {name} is {'NaN' if math.isnan(value) else 'infinite'}"
+        if not self.guard.see(loss):
+            return None
+        limit = f"{self.guard.spike:g} times its running median, {self.guard.median:.3f}"
+        return f"the loss is {loss:.3f} and has been above {limit}, for {self.guard.high} iterations"
+
+    def _agree(self, loss, norm) -> tuple[int, float, float, int]:
+        """Why to leave (0: no reason), loss, gradient norm and the largest memory in bytes: the same on all ranks."""
+        why = self._why() if distributed.get_rank() == 0 else 0
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        loss, norm = 0.0 if loss is None else float(loss), 0.0 if norm is None else float(norm)  # as others have them
+        # A maximum of NaNs is not defined, so what is not finite travels as a number of its own
+        told = [why, memory, *(f(v) for v in (loss, norm) for f in (_finite, _code))]
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        told = torch.tensor(told, dtype=torch.float64, device=device)
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+        why, memory, loss, lost, norm, wrong = told.tolist()
+        return int(why), _decoded(loss, lost), _decoded(norm, wrong), int(memory)
+
+    def _why(self) -> int:
+        if self.request.get("stop_file") and Path(self.request["stop_file"]).exists():
+            return STOPPED
+        deadline = self.request.get("deadline")
+        return OUT_OF_TIME if deadline and time.time() + self.margin() >= deadline else 0
+
+    def margin(self) -> float:
+        """Seconds before the job's end at which to leave: for another iteration with its evaluation, and two saves.
+
+        Before the first save has been measured its time is taken to be that of the start, which reads as much.
+        """
+        save = self.save_seconds if self.save_seconds is not None else self.first
+        return 2 * save + self.longest + GRACE
+
+    def _reason(self, why: int, done: int) -> str:
+        if why == STOPPED:
+            return f"iteration {done} of {self.request['stop']}, because {self.request['stop_file']} asked for it"
+        ends = time.strftime("%H:%M:%S", time.localtime(self.request["deadline"]))
+        return (
+            f"iteration {done} of {self.request['stop']}, because the job ends at {ends} and the last "
+            f"{self.margin():.0f} s of it are kept for saving"
+        )
+
+    def diverged(self, what: str, state, config) -> str:
+        """What to say of an iteration that must not be gone on from, and the way out."""
+        now, batch = state.step + 1, config.train.global_batch_size
+        samples = f"samples {state.consumed_train_samples} to {state.consumed_train_samples + batch - 1}"
+        before = now - max(self.guard.high, 1)
+        good = max((n for n in checkpoints.states(self.directory) if n <= before), default=None)
+        way = (
+            f"go on from {good} past this data, with `edits: [{{at: {good}, skip: {now - good}}}]`, or with a lower "
+            "optimizer.lr from there"
+            if good is not None
+            else "no state was saved before it: look at the data, or lower optimizer.lr"
+        )
+        return f"iteration {now} ({samples}): {what}; {way}"
+
+    @contextlib.contextmanager
+    def explained(self, state) -> Iterator[None]:
+        """Say what Megatron's own check of a loss or gradient that is no number found, in one sentence.
+
+        It raises in the process that has it, before the optimizer's step; the launcher ends the others.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "Unexpected result" not in str(error):
+                raise
+            found = str(error).partition("message='")[2].partition("'")[0] or str(error)
+            raise NemoflowError(self.diverged(f"Megatron {found}", state.train_state, state.cfg)) from error
+
+    # -- saves -------------------------------------------------------------------------------------------------------
+
+    def on_eval_end(self, context) -> None:
+        self.done_at[context.state.train_state.step] = time.time()  # a save of this iteration begins now
+
+    def on_checkpoint_save(self, _context) -> None:
+        """All of a checkpoint is written, at once or in the background: it counts, and older ones may go."""
+        done = checkpoints.saved(self.directory)  # in the background, the loop has gone on since
+        if begun := self.done_at.get(done):
+            seconds = round(time.time() - begun, 2)
+            self.save_seconds = max(self.save_seconds or 0, seconds)
+            if _last_rank():
+                with self.metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"iteration": done, "save_seconds": seconds}) + "\n")
+        self.done_at = {n: at for n, at in self.done_at.items() if n > done}
+        if distributed.get_rank() == 0:
+            checkpoints.mark_complete(self.directory / f"iter_{done:07d}")
+            if not self.guard.high:  # while the loss is high, what was saved before may be all there is to go back to
+                self._prune()
+
+    def _prune(self) -> None:
+        complete, keep = checkpoints.states(self.directory), self.request.get("keep")
+        if not keep:
+            return
+        wanted = {*self.request["wanted"], self.request["stop"]}
+        wanted |= {int(p.name) for p in self._listed() if p.name.isdigit()}
+        wanted |= {int(p.parent.name[3:]) for p in self.directory.parent.glob("at-*/sealed.json")}
+        for n in checkpoints.prunable(complete, wanted, keep["last"], keep["every"]):
+            print(f"removing the checkpoint of iteration {n}: it is not wanted, and there are newer ones", flush=True)
+            # Terabytes take minutes to delete, and all other ranks would wait
+            self.removing.append(threading.Thread(target=checkpoints.remove, args=(complete[n],)))
+            self.removing[-1].start()
+
+    def _listed(self) -> Iterable[Path]:
+        directory = self.request.get("wanted_directory")
+        return Path(directory).glob("*") if directory else ()
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """After the loop: say why it was left early, and let deletions end."""
+        for thread in self.removing:
+            thread.join()
+        if self.left and distributed.get_rank() == 0:
+            print(f"{UNFINISHED_PREFIX}{self.left}", flush=True)
+
+
+def checkpoint_bytes(model: list, config) -> int:
+    """Estimated bytes of a checkpoint: parameters, with the optimizer's master copy and two moments of each.
+
+    For adapters only what trains. To be called on all ranks.
+    """
+    groups = get_pg_collection(model)
+    parameters = [p for chunk in model for p in chunk.parameters() if p.requires_grad or config.peft is None]
+    each = next((p.element_size() for p in parameters), 0)
+    counts = [sum(p.numel() for p in parameters if getattr(p, "allreduce", True) is own) for own in (True, False)]
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    total = torch.tensor(counts, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    dense, experts = total.tolist()
+    number = dense / groups.dp_cp.size() + experts / groups.expt_dp.size()
+    if config.checkpoint.save_optim:
+        optimizer = config.optimizer
+        each += optimizer.main_params_dtype.itemsize if each < 4 else 0
+        each += optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+    return int(number * each)
+
+
+def _past(metrics: Path) -> tuple[list[float], float | None]:
+    """The latest losses in the metrics, and the longest save's seconds, None where none was measured."""
+    losses: dict[int, float] = {}
+    saves: list[float] = []
+    if metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "loss" in entry:
+                losses[entry["iteration"]] = entry["loss"]
+            saves += [entry["save_seconds"]] if "save_seconds" in entry else []
+    return [losses[n] for n in sorted(losses)][-2 * Guard.WINDOW :], max(saves, default=None)
+
+
+def _last_rank() -> bool:
+    return distributed.get_rank() == distributed.get_world_size() - 1
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _code(value: float) -> int:
+    return 2 if math.isnan(value) else 1 if value == math.inf else 0
+
+
+def _decoded(value: float, code: float) -> float:
+    return (value, math.inf, math.nan)[int(code)]
