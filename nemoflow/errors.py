@@ -1,5 +1,8 @@
 """The exceptions meant for people: their text is the whole message, and no traceback is shown."""
 
+UNFINISHED_PREFIX = "nemoflow: unfinished: "
+"""How a trainer marks the one line that says why it left before its end, with nothing wrong."""
+
 
 class NemoflowError(Exception):
     """Bad input or an impossible request: names the file, key or line, what is wrong and what would be right."""

@@ -23,10 +23,13 @@ from types import ModuleType
 
 from nemoflow import kinds, summary
 from nemoflow.data.made import Made
-from nemoflow.errors import NemoflowError
+from nemoflow.errors import NemoflowError, Unfinished
 from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
 from nemoflow.store import write_atomically as write
 from nemoflow.writer import Writer, writer
+
+UNFINISHED = 75
+"""Exit code of a job that left in time: EX_TEMPFAIL of sysexits.h, try again later."""
 
 DIGEST_CHECK_BYTES = 2**30
 """Inputs up to this size are read again and compared with their digests before use: about a second. Larger ones are
@@ -92,7 +95,10 @@ class Job:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Record an attempt in run.json, with its log; NemoflowErrors and surprises end it as failed."""
+        """Record an attempt in run.json, with its log; NemoflowErrors and surprises end it as failed.
+
+        Unfinished ends it as that: what it did will be gone on with.
+        """
         directory = self.stage.directory
         run_file = directory / "run.json"
         run = read_json(run_file) if run_file.exists() else {"attempts": []}
@@ -116,6 +122,9 @@ class Job:
             with _output_to(self.log):
                 yield
             entry["outcome"] = "done"
+        except Unfinished as left:
+            entry |= {"outcome": "unfinished", "reason": str(left)}
+            raise
         except BaseException as error:
             entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
@@ -254,7 +263,8 @@ def build(program: ModuleType) -> Callable[[Job], None]:
 def run(work: Callable[[Job], None], description: str, argv: list[str] | None = None) -> None:
     """The main function of every script: do `work` for the frozen stage of the command line, once.
 
-    Exits 0 when the artifact is sealed, whoever sealed it; 1 after one clear message. Never returns half-done work.
+    Exits 0 when the artifact is sealed, whoever sealed it; UNFINISHED when the same command goes on; 1 after one clear
+    message. Never returns half-done work.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--stage", type=Path, required=True, help="the frozen stage, STORE/.stages/IDENTITY.json")
@@ -286,6 +296,9 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
                     raise NemoflowError(f"{stage.state(args.at)}: the job ended without sealing its artifact")
                 job.say(f"done in {time.monotonic() - begun:.0f} s: {summary.line(record)}")
             publish(stage.state(args.at))
+    except Unfinished as left:
+        say(f"nemoflow: {job.title}: {left} (log: {job.log})")
+        raise SystemExit(UNFINISHED) from None
     except NemoflowError as error:
         _fail(say, job, str(error))
     except OSError as error:

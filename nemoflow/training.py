@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import kinds
+from nemoflow import kinds, launch
 from nemoflow.engines import engine
-from nemoflow.errors import NemoflowError
+from nemoflow.errors import UNFINISHED_PREFIX, NemoflowError, Unfinished
 from nemoflow.job import Job
+from nemoflow.progress import human
 from nemoflow.store import dump, seal
 from nemoflow.store import write_atomically as write
 
@@ -73,6 +74,8 @@ class Trajectory:
         self.engine = engine(self.payload["engine"])
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
+        self.stop_file = self.directory / "stop"
+        """Made by a person, or on SIGUSR1 by this process: the trainer saves and leaves."""
         init = self.payload.get("init", {})
         self.start = init.get("at", 0) if init.get("carry") == "all" else 0
 
@@ -111,7 +114,8 @@ class Trajectory:
             "resources": launch.get("resources", {"nodes": 1, "gpus_per_node": 1, "gpu": None}),
             "keep": launch.get("keep", {"last": 2, "every": None}),
             "guard": guard | {"spike": float(Fraction(guard["spike"])) if guard["spike"] else None},
-            "stop_file": str((self.directory / "stop").resolve()),
+            "stop_file": str(self.stop_file.resolve()),
+            "deadline": deadline(),
         }
         match payload["kind"]:
             case "pretrain":
@@ -161,8 +165,33 @@ class Trajectory:
             ]
             seal(self.stage, n, measures(found, self.start, n), files)
 
+    def check_room(self, complete: dict[int, Path]) -> None:
+        """Raise NemoflowError unless there is room for two checkpoints, or for one beside two; before a GPU is used.
+
+        They will be as large as the newest one, or as that of the init whose optimizer is carried on. Where neither is
+        there, the trainer estimates them from its parameters.
+        """
+        state = self.job.input("init")
+        if complete:
+            known = complete[max(complete)]
+        elif state and self.payload["init"]["carry"] != "weights":
+            known = (state / "checkpoint").resolve()
+        else:
+            return
+        count = 1 if len(complete) >= 2 else 2
+        needed = count * sum(p.stat().st_size for p in known.rglob("*") if p.is_file())
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise NemoflowError(
+                f"{self.checkpoints}: no space left for {('a checkpoint', 'two checkpoints')[count - 1]}: "
+                f"{human(needed)} are needed and {human(free)} free; free some and run again"
+            )
+
     def train(self) -> None:
-        """Run the trainer until the wanted state's checkpoint is complete. Raises NemoflowError when it is not."""
+        """Run the trainer until the wanted state's checkpoint is complete.
+
+        Raises Unfinished when it left in time to be gone on with, NemoflowError when it failed.
+        """
         job, at = self.job, self.job.at
         complete = self.engine.states(self.checkpoints)
         if at in complete:
@@ -176,17 +205,23 @@ class Trajectory:
             )
         job.check_inputs()
         self.checkpoints.mkdir(exist_ok=True)
+        self.check_room(complete)
+        self.stop_file.unlink(missing_ok=True)  # it was for the run before
         request = self.directory / "request.json"
-        write(request, dump(self.request()))
+        asked = self.request()
+        write(request, dump(asked))
         span = f"iteration {reached} of {at}"
         job.say(f"{'resumes at ' if complete else 'starts at '}{span}; log {job.log}")
-        command = self.engine.command(request.resolve())
+        command = launch.command(self.engine.command(request.resolve()), asked["resources"])
         code = self._run(command, reached)
         if at in self.engine.states(self.checkpoints):
             return
-        if code == 0:
-            raise NemoflowError(f"the trainer ended without error before iteration {at}, and without its checkpoint")
         lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if code == 0:
+            left = [line.removeprefix(UNFINISHED_PREFIX) for line in lines if line.startswith(UNFINISHED_PREFIX)]
+            if left:
+                raise Unfinished(f"stopped at {left[-1]}; the same command goes on")
+            raise NemoflowError(f"the trainer ended without error before iteration {at}, and without its checkpoint")
         raise NemoflowError(reason(lines, "the trainer") or f"the trainer failed with exit code {code}")
 
     def _run(self, command: list[str], reached: int) -> int:
@@ -194,7 +229,7 @@ class Trajectory:
         print("$", *command, flush=True)
         child = subprocess.Popen(command, env=environment())
         self.job.held.add_process(child.pid)
-        with ending(child):
+        with ending(child), asking(self.stop_file):
             progress = _Progress(self, reached)
             while (code := child.poll()) is None:
                 time.sleep(POLL_SECONDS)
@@ -229,6 +264,30 @@ def ending(child: subprocess.Popen) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+
+
+@contextlib.contextmanager
+def asking(stop_file: Path) -> Iterator[None]:
+    """On SIGUSR1 ask the trainer to save and leave, as before a preemption, and wait for it.
+
+    By a file: torchrun dies of that signal, and leaves its children behind.
+    """
+    before = signal.signal(signal.SIGUSR1, lambda *_: stop_file.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def deadline() -> float | None:
+    """When this job is ended from outside, in seconds since the epoch: NEMOFLOW_DEADLINE, else what Slurm says."""
+    for name in ("NEMOFLOW_DEADLINE", "SLURM_JOB_END_TIME"):
+        if value := os.environ.get(name):
+            try:
+                return float(value)
+            except ValueError:
+                raise NemoflowError(f"{name}: {value}: must be in seconds since the epoch") from None
+    return None
 
 
 class _Progress:
@@ -275,7 +334,9 @@ def reason(lines: list[str], program: str) -> str | None:
     """What the engine's program, which wrote `lines`, said went wrong; its last line when it only left a traceback."""
     said = [line for line in lines if line.startswith(ERROR_PREFIX)]
     if said:
-        return said[-1].removeprefix(ERROR_PREFIX)
+        return said[0].removeprefix(ERROR_PREFIX)  # of several processes, the first to fail: the others then follow
+    if found := launch.reason(lines):
+        return f"{program}: {found}"
     last = next((line for line in reversed(lines) if line.strip()), None)
     return f"{program} failed: {textwrap.shorten(last, 300)}" if last else None
 

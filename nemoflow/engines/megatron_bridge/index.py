@@ -16,11 +16,16 @@ starting with "nemoflow: error: ", and exit code 1.
 import gc
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 from nemoflow import cpu
 from nemoflow.engines.megatron_bridge.train import environment, program
 from nemoflow.errors import NemoflowError
+
+VALID_EPOCHS = 4
+"""Reading the same text again says nothing new; a small source with a large share is read again a few times all the
+same, so that all sources can be compared."""
 
 
 def run(request: dict) -> None:
@@ -46,6 +51,7 @@ def run(request: dict) -> None:
     dataset.finalize()
     dataset.tokenizer = build_tokenizer(settings.tokenizer)
     samples = {"train": request["samples"], "valid": config.valid_samples(settings)}
+    check_validation(samples["valid"], settings.model.seq_length, blend)
 
     blends = [b for b in dataset.blend_per_split if b]
     total = sum(len(prefixes) + (len(prefixes) > 1) for prefixes, _ in blends)
@@ -68,6 +74,23 @@ def run(request: dict) -> None:
         ) from None
     text = json.dumps({"samples": samples}, indent=1) + "\n"
     (out / "index.json").write_text(text, encoding="utf-8")
+
+
+def check_validation(samples: int, length: int, blend: Path) -> None:
+    """Raise NemoflowError when one evaluation would read a source's held-out text more than VALID_EPOCHS times.
+
+    samples, length: of the validation set, and tokens of a sample.
+    """
+    for part in json.loads((blend / "sealed.json").read_text(encoding="utf-8"))["measures"]["parts"]:
+        held, wanted = part["tokens"]["valid"], samples * length * Fraction(part["share"])
+        if wanted > VALID_EPOCHS * held:
+            most = int(VALID_EPOCHS * held / Fraction(part["share"]) / length)
+            raise NemoflowError(
+                f"validation.eval_iters: one evaluation reads {samples:,} samples of {length:,} tokens, and so the "
+                f"{held:,} tokens held out of {part['source']} {float(wanted / held):.1f} times: take at most {most:,} "
+                "samples (validation.eval_iters x validation.eval_global_batch_size, which is the training batch where "
+                "it is not set), or raise held_out.valid"
+            )
 
 
 def main(arguments: list[str]) -> int:

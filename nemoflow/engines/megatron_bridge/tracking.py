@@ -8,9 +8,6 @@ import functools
 import importlib.util
 from pathlib import Path
 
-from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.state import GlobalState
-
 WARNING = "nemoflow: warning: "
 
 TRACKERS = {
@@ -21,10 +18,11 @@ TRACKERS = {
 """Tracker -> its module, the setting in `logger` that turns it on, and the one with the run's name."""
 
 
-def place(config: ConfigContainer, directory: Path) -> None:
+def place(config, directory: Path) -> None:
     """Have TensorBoard write to directory/tensorboard, and prepare the trackers that are asked for.
 
-    A tracker's run is named like `directory` unless the recipe names it. Checkpoints are not uploaded.
+    `config` is a ConfigContainer. A tracker's run is named like `directory` unless the recipe names it. Checkpoints are
+    not uploaded.
     """
     logger = config.logger
     logger.tensorboard_dir = None
@@ -45,7 +43,7 @@ def place(config: ConfigContainer, directory: Path) -> None:
             turn_off(config, tracker)
 
 
-def turn_off(config: ConfigContainer, tracker: str) -> None:
+def turn_off(config, tracker: str) -> None:
     """Unset all settings of a tracker: Megatron-Bridge takes any of them for a wish to use it."""
     for key in vars(config.logger):
         if key.startswith(f"{tracker}_") and key != "mlflow_log_artifacts":
@@ -57,13 +55,15 @@ def guard() -> None:
 
     Megatron-Bridge starts each on its first use, in a property of GlobalState, and calls what that returns.
     """
+    from megatron.bridge.training.state import GlobalState
+
     for tracker in TRACKERS:
         name = f"{tracker}_logger"
         start = vars(GlobalState)[name].fget
         setattr(GlobalState, name, property(functools.partial(_started, tracker, start)))
 
 
-def _started(tracker: str, start, state: GlobalState):
+def _started(tracker: str, start, state):
     try:
         found = start(state)
     except Exception as error:

@@ -6,12 +6,10 @@ All processes of a run must leave at the same iteration. So after each one they 
 numbers: the first process knows the clock and the stop file, the last one the loss.
 """
 
-import collections
 import contextlib
 import json
 import math
 import shutil
-import statistics
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -23,51 +21,11 @@ from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from torch import distributed
 
 from nemoflow.engines.megatron_bridge import checkpoints
-from nemoflow.errors import NemoflowError
+from nemoflow.engines.megatron_bridge.limits import Clock, Guard
+from nemoflow.errors import UNFINISHED_PREFIX, NemoflowError
 from nemoflow.progress import human
 
-UNFINISHED_PREFIX = "nemoflow: unfinished: "
-"""How the one line is marked that says why a run left before its end; training.py reads it."""
-
-GRACE = 30
-"""Seconds between the planned leaving and the job's end for what nobody measures: taking the processes down."""
-
 STOPPED, OUT_OF_TIME = 1, 2
-
-
-class Guard:
-    """Tells a loss that ran away from one that is only noisy.
-
-    spike       a loss above this multiple of the running median is high; None: never
-    patience    so many high losses without one that is not mean that training has diverged
-    losses      the latest losses of the stage so far, where it goes on
-
-    The median is that of the last WINDOW losses that were not high, and says nothing before there are MINIMUM.
-    """
-
-    WINDOW = 128
-    MINIMUM = 10
-
-    def __init__(self, spike: float | None, patience: int, losses: Iterable[float] = ()):
-        self.spike, self.patience = spike, patience
-        self.usual: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
-        self.high = 0
-        """How many losses in a row have been high."""
-        for loss in losses:
-            self.see(loss)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.usual)
-
-    def see(self, loss: float) -> bool:
-        """Whether training has diverged, now that this is the next loss."""
-        if self.spike is not None and len(self.usual) >= self.MINIMUM and loss > self.spike * self.median:
-            self.high += 1
-        else:
-            self.high = 0
-            self.usual.append(loss)
-        return self.high >= self.patience
 
 
 class Watch(Callback):
@@ -79,13 +37,11 @@ class Watch(Callback):
     """
 
     def __init__(self, request: dict, reached: int, started: float):
-        self.request, self.reached, self.started = request, reached, started
+        self.request, self.reached = request, reached
         self.directory = Path(request["checkpoints"])
         self.metrics = Path(request["metrics"])
         self.guard = Guard(None, 1)
-        self.save_seconds: float | None = None
-        self.first = self.longest = 0.0
-        self.last_end: float | None = None
+        self.clock = Clock(request.get("deadline"), started)
         self.done_at: dict[int, float] = {}
         self.left: str | None = None
         self.removing: list[threading.Thread] = []
@@ -100,7 +56,7 @@ class Watch(Callback):
         settings = self.request.get("guard") or {"spike": None, "patience": 1}
         past = [_past(self.metrics) if _last_rank() else None]
         distributed.broadcast_object_list(past, src=distributed.get_world_size() - 1)
-        losses, self.save_seconds = past[0]
+        losses, self.clock.save = past[0]
         self.guard = Guard(settings["spike"], settings["patience"], losses)
         needed = checkpoint_bytes(context.model, context.state.cfg)
         said = [self._room(needed) if distributed.get_rank() == 0 else None]
@@ -120,8 +76,8 @@ class Watch(Callback):
         if free >= count * needed:
             return None
         return (
-            f"{self.directory}: {human(free)} are free, and {'two checkpoints take' if count == 2 else 'one takes'} "
-            f"{human(count * needed)}; free some, or write less often (save_interval) and keep less (keep)"
+            f"{self.directory}: no space left for {('a checkpoint', 'two checkpoints')[count - 1]}: "
+            f"{human(count * needed)} are needed and {human(free)} free; free some and run again"
         )
 
     # -- after each iteration ----------------------------------------------------------------------------------------
@@ -129,12 +85,9 @@ class Watch(Callback):
     def on_train_step_end(self, context) -> None:
         """Agree on whether to leave. Raises NemoflowError, without a save, when training has diverged."""
         state, config = context.state.train_state, context.state.cfg
-        done, now = state.step + 1, time.time()
-        if self.last_end is None:
-            self.first = now - self.started
-        else:
-            self.longest = max(self.longest, now - self.last_end)
-        self.last_end = self.done_at[done] = now
+        done = state.step + 1
+        self.clock.iterated()
+        self.done_at[done] = time.time()
         loss = context.loss_dict.get("lm loss") if context.loss_dict else None
         why, loss, norm, memory = self._agree(loss, None if context.skipped_iter else context.grad_norm)
         context.user_state["memory"] = memory
@@ -170,24 +123,15 @@ class Watch(Callback):
     def _why(self) -> int:
         if self.request.get("stop_file") and Path(self.request["stop_file"]).exists():
             return STOPPED
-        deadline = self.request.get("deadline")
-        return OUT_OF_TIME if deadline and time.time() + self.margin() >= deadline else 0
-
-    def margin(self) -> float:
-        """Seconds before the job's end at which to leave: for another iteration with its evaluation, and two saves.
-
-        Before the first save has been measured its time is taken to be that of the start, which reads as much.
-        """
-        save = self.save_seconds if self.save_seconds is not None else self.first
-        return 2 * save + self.longest + GRACE
+        return OUT_OF_TIME if self.clock.up() else 0
 
     def _reason(self, why: int, done: int) -> str:
         if why == STOPPED:
             return f"iteration {done} of {self.request['stop']}, because {self.request['stop_file']} asked for it"
-        ends = time.strftime("%H:%M:%S", time.localtime(self.request["deadline"]))
+        ends = time.strftime("%H:%M:%S", time.localtime(self.clock.deadline))
         return (
             f"iteration {done} of {self.request['stop']}, because the job ends at {ends} and the last "
-            f"{self.margin():.0f} s of it are kept for saving"
+            f"{self.clock.margin:.0f} s of it are kept for saving"
         )
 
     def diverged(self, what: str, state, config) -> str:
@@ -228,7 +172,7 @@ class Watch(Callback):
         done = checkpoints.saved(self.directory)  # in the background, the loop has gone on since
         if begun := self.done_at.get(done):
             seconds = round(time.time() - begun, 2)
-            self.save_seconds = max(self.save_seconds or 0, seconds)
+            self.clock.saved(seconds)
             if _last_rank():
                 with self.metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"iteration": done, "save_seconds": seconds}) + "\n")
