@@ -24,7 +24,7 @@ from nemoflow.cpu.attention import PackedDotProductAttention
 class Norm(WrappedTorchNorm):
     """Torch's norm under sequence parallelism, which the parent refuses.
 
-    Every tensor parallel rank then norms its own positions, so the gradients of the weights are parts of a sum. Megatron
+    Every tensor parallel rank then norms its own positions, so gradients of the weights are parts of a sum. Megatron
     adds them up for the parameters that are marked, as Transformer Engine's norms mark theirs.
     """
 
