@@ -50,3 +50,14 @@ def logits(job: dict) -> int:
             found = model[0].eval()(input_ids=ids, position_ids=positions, attention_mask=ahead)
     save_file({"ids": ids, "logits": found.float().contiguous()}, job["out"])
     return 0
+
+
+def train(argument: dict) -> int:
+    """A run as world.run does it, whose adapters begin with the same numbers however they are dealt out."""
+    import torch
+    import world
+    from megatron.bridge.peft.utils import ParallelLinearAdapter
+
+    begin = {"xavier": 0.1, "zero": 0.0}
+    ParallelLinearAdapter._get_init_fn = lambda _, method: lambda t: torch.nn.init.constant_(t, begin[method])
+    return world.run(argument)

@@ -240,6 +240,8 @@ def test_a_scheme_becomes_settings(server, data, beneath, tmp_path, function, sc
         ({"function": WHOLE, "peft": "lora"}, {"peft": None}, "overrides.peft: the stage says `peft: lora`"),
         ({"function": PEFT, "peft": "lora"}, {"peft.dim": 0}, "overrides.peft.dim: 0: must be 1 or more"),
         ({"function": PEFT, "peft": "lora"}, {"peft.target_modules": ["router"]}, "target_modules: router"),
+        ({"function": PEFT, "peft": "lora"}, {"peft.dim": 3, "peft.normalize_moe_lora": True}, "multiple of model.moe"),
+        ({"function": PEFT, "peft": "dora"}, {"peft.dropout_position": "post"}, "peft.dropout_position: DoRA"),
         ({"function": PEFT, "peft": "dora"}, {"peft.target_modules": ["linear_fc1"]}, "names the routed experts too"),
         ({"function": PEFT, "peft": "dora"}, {"peft.target_modules": ["*.linear_fc2"]}, "names the routed experts too"),
         ({"function": PEFT, "peft": "lora", "carry": "all"}, {}, "init.carry: all: adapters are new"),
@@ -264,3 +266,29 @@ def test_a_resume_without_the_base(beneath, trained, tmp_path):
     said = trained.fails(init=init, stop=7, horizon=7)
     assert f"{moved}/metadata.json: missing" in said
     assert json.loads((trained.directory / "request.json").read_text())["init"] == init
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["lora", "dora"])
+def test_dealt_out_to_two_processes(server, data, beneath, tmp_path, scheme):
+    """The same training, from the same numbers, however model and experts are dealt out; and it resumes."""
+
+    def world(name, processes, overrides, *stops):
+        run = adapted(server, data, tmp_path / name, beneath, scheme, overrides | {"peft.target_modules": targets})
+        for stop in stops:
+            path = run.directory / "request.json"
+            path.write_text(json.dumps(run.request | {"stop": stop}))
+            assert server.call("peft_jobs:train", {"request": str(path), "processes": processes}) == 0
+        return run
+
+    experts = ["linear_fc1", "linear_fc2"] if scheme == "lora" else ["*.mlp.linear_fc1", "*.mlp.linear_fc2"]
+    targets = ["linear_qkv", "linear_proj", "in_proj", "out_proj", *experts]
+    one = world("one", 1, {}, 6).digits()
+    for name, overrides in {
+        "experts": {"model.expert_model_parallel_size": 2},
+        "tensors": {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+    }.items():
+        two = world(name, 2, overrides, 6).digits()
+        assert [d[0] for d in two.values()] == pytest.approx([d[0] for d in one.values()], abs=1e-4), name
+        assert [d[2] for d in two.values()] == pytest.approx([d[2] for d in one.values()], rel=1e-3), name
+        assert world(f"{name} in two", 2, overrides, 2, 6).digits() == two, name

@@ -16,6 +16,7 @@ from megatron.bridge.peft.utils import ParallelLinearAdapter, wildcard_match
 from megatron.bridge.recipes.utils.dataset_utils import default_peft_config
 from megatron.bridge.training.config import ConfigContainer
 from megatron.core.ssm.mamba_mixer import _split_tensor_factory
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from nemoflow.errors import NemoflowError
 
@@ -90,6 +91,13 @@ def check(config: ConfigContainer, request: dict) -> None:
         raise NemoflowError(f"overrides.peft.dim: {config.peft.dim}: must be 1 or more")
     if getattr(config.peft, "experts_shared_outer_loras", False):
         raise NemoflowError("overrides.peft.experts_shared_outer_loras: such adapters cannot be exported; set false")
+    if getattr(config.peft, "normalize_moe_lora", False) and config.peft.dim % config.model.moe_router_topk:
+        raise NemoflowError(
+            f"overrides.peft.dim: {config.peft.dim}: with peft.normalize_moe_lora the experts' rank is a share of it, "
+            f"so it must be a multiple of model.moe_router_topk, {config.model.moe_router_topk}"
+        )
+    if scheme == "dora" and config.peft.dropout_position != "pre":
+        raise NemoflowError("overrides.peft.dropout_position: DoRA drops out before its adapter only; set pre")
     if "router" in config.peft.target_modules:
         raise NemoflowError("overrides.peft.target_modules: router: an adapter of it cannot be exported; leave it out")
     if scheme == "dora" and config.model.num_moe_experts:
@@ -186,6 +194,40 @@ def layers(all_targets: bool = False) -> None:
         return found
 
     ParallelLinearDoRAAdapter.sharded_state_dict = save_in_parts
+
+    norm = DoRALinear._get_weight_norm
+
+    def norm_of_whole_rows(self):
+        """A row-parallel layer has a piece of each row; upstream measures the piece, each rank another one."""
+        adapter = self.adapter
+        if not adapter.input_is_parallel or adapter.tp_group.size() == 1:
+            return norm(self)
+        squares = norm(self).float().square()
+        torch.distributed.all_reduce(squares, group=adapter.tp_group)
+        return squares.sqrt().to(self.to_wrap.weight.dtype)
+
+    DoRALinear._get_weight_norm = norm_of_whole_rows
+    measure = ParallelLinearDoRAAdapter.init_weight_magnitude
+
+    def measure_and_mark(self, value):
+        """Tensor parallel ranks have magnitudes of their own rows, or all rows', as the layer is cut."""
+        measure(self, value)
+        if not self.input_is_parallel:
+            set_tensor_model_parallel_attributes(self.weight_magnitude, True, 0, 1)
+        elif self.config.sequence_parallel:
+            self.weight_magnitude.sequence_parallel = True  # each scales its own positions: gradients to be summed
+
+    ParallelLinearDoRAAdapter.init_weight_magnitude = measure_and_mark
+
+    register = ParallelLinearAdapter._register_shared_expert_grad_sync_hooks
+
+    def count_once(self):
+        """Every expert parallel rank has the adapter that all experts share: the gradient's norm wants it once."""
+        register(self)
+        if self.ep_group is not None and self.ep_group.rank() > 0:
+            self.linear_in.weight.shared = self.linear_out.weight.shared = True
+
+    ParallelLinearAdapter._register_shared_expert_grad_sync_hooks = count_once
 
     slots = ParallelLinearAdapter._apply_expert_axis_factory
 
