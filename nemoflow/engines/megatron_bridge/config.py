@@ -30,7 +30,7 @@ from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 
 from nemoflow import cpu
-from nemoflow.engines.megatron_bridge import REFUSED, outside, peft, tracking
+from nemoflow.engines.megatron_bridge import REFUSED, outside, peft, reshard, tracking
 from nemoflow.errors import NemoflowError
 
 UNCOMPARED = (
@@ -113,6 +113,7 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
     checkpoint.save = request["checkpoints"]
     checkpoint.save_interval = request["save_interval"]
     checkpoint.dist_ckpt_strictness = "raise_all"
+    checkpoint.dist_ckpt_optim_fully_reshardable = True  # or only the geometry that saved an optimizer can load it
     checkpoint.exit_on_missing_checkpoint = load is not None
     checkpoint.save_tokenizer_assets = False  # the tokenizer is an artifact of its own
     checkpoint.finetune = False
@@ -130,6 +131,8 @@ def build(request: dict, load: Path | None) -> ConfigContainer:
         config.validation.eval_iters = 0
     if cpu.needed():
         cpu.adapt(config)
+    if checkpoint.load:
+        reshard.fit(config, load)
     return config
 
 
