@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from megatron_fixtures import MODEL, PRECISION, PRETRAIN, Run, pretrain
 
 pytest_plugins = ["megatron_fixtures"]
@@ -47,6 +46,15 @@ class World(Run):
         path.write_text(json.dumps(self.request | changes), encoding="utf-8")
         pid, log, _ = self.server.start("world:run", {"request": str(path), "processes": processes})
         return pid, log
+
+    def fails(self, **changes) -> str:
+        """The line with which they refuse; each of them may say it."""
+        _, log = self.begin(**changes)
+        code, text = self.server.end(), log.read_text()
+        said = {line for line in text.splitlines() if line.startswith("nemoflow: error: ")}
+        assert code == 1, text[-3000:]
+        assert len(said) == 1, text[-3000:]
+        return said.pop()
 
 
 def world(server, data, directory: Path, settings: dict, **request) -> World:
@@ -131,3 +139,47 @@ def test_another_geometry_goes_on_with_the_same_numbers(server, data, tmp_path, 
         run = world(server, data, tmp_path / "before", before[0], wanted=[3]).train(processes=before[1])
     resumed = continued(run, tmp_path / "now", now[0], processes=now[1])
     assert close(after(resumed, 3), after(run, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "said"),
+    [
+        (EXPERT, 2, "the experts have an optimizer of their own"),
+        (PLAIN, 1, "saved with ddp.use_distributed_optimizer: true"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_dealt_out_is_refused(single, tmp_path, settings, processes, said):
+    run = World(single.server, tmp_path, **single.request | {"checkpoints": str(tmp_path / "checkpoints")})
+    shutil.copytree(single.checkpoint(3), run.checkpoint(3))
+    (tmp_path / "config").mkdir()
+    line = run.fails(processes=processes, overrides=BASE | settings, config=str(tmp_path / "config"))
+    assert f"{run.checkpoint(3)}: saved with" in line
+    assert said in line
+
+
+def exported(run: Run, at: int) -> str:
+    """The digest of the exported weights of a state."""
+    out = run.directory / f"hf-{at}"
+    if not out.exists():
+        run.server.call("world:export", {"checkpoint": str(run.checkpoint(at)), "out": str(out)})
+    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        pytest.param(WHOLE_TENSOR, True, id="tensor"),
+        pytest.param(EXPERT, False, id="expert"),
+        pytest.param(DATA, True, id="data", marks=pytest.mark.slow),
+        pytest.param(PIPELINE, True, id="pipeline", marks=pytest.mark.slow),
+    ],
+)
+def test_what_two_processes_save_is_exported_to_the_byte(server, data, tmp_path, single, settings, alone):
+    """Trained weights, loaded and saved by two processes that learn nothing, and then by one if it can."""
+    still = {"optimizer.lr": 0.0, "optimizer.min_lr": 0.0, "model.moe_router_bias_update_rate": 0.0}
+    init = {"checkpoint": str(single.checkpoint(6)), "at": 6, "carry": "weights"}
+    run = world(server, data, tmp_path / "run", settings | still, init=init, wanted=[1]).train(stop=1)
+    assert exported(run, 1) == exported(single, 6)
+    if alone:
+        run.train(processes=1, stop=2, overrides=BASE | still)
+        assert exported(run, 2) == exported(run, 1)

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 from nemoflow.engines.megatron_bridge import train
 
@@ -34,6 +35,15 @@ def run(argument: dict) -> int:
             for other in children:
                 os.kill(other, 9)
     return first
+
+
+def export(argument: dict) -> None:
+    """Convert {"checkpoint", "out"} to the files of a Hugging Face model, in single precision."""
+    from nemoflow.export import convert
+
+    Path(argument["out"]).mkdir()
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    convert.main("megatron_bridge", Path(argument["checkpoint"]), ids, "float32", Path(argument["out"]))
 
 
 def _rank(rank: int, request: str) -> int:

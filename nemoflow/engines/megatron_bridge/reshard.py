@@ -29,8 +29,15 @@ def fit(config: ConfigContainer, load: Path) -> None:
     """
     saved = yaml.safe_load((load / "run_config.yaml").read_text(encoding="utf-8"))
     before, now = _sizes(saved["model"]), _sizes(vars(config.model))
+    distributed = saved["ddp"]["use_distributed_optimizer"]
+    if distributed != config.ddp.use_distributed_optimizer:
+        raise NemoflowError(
+            f"{load}: saved with ddp.use_distributed_optimizer: {str(distributed).lower()}, which another setting "
+            "cannot load; bring it back, or carry weights only"
+        )
     if before != now:
-        _check(load, saved, before, now, config.ddp.use_distributed_optimizer)
+        reshardable = saved["checkpoint"].get("dist_ckpt_optim_fully_reshardable")
+        _check(load, before, now, reshardable or not distributed)
     if _random_states(load) != _processes(now):
         config.checkpoint.load_rng = False
         # "raise_all" would call the random states missing. A checkpoint of another model is refused by comparing
@@ -47,7 +54,7 @@ def _sizes(model: dict) -> dict[str, int]:
     return found
 
 
-def _check(load: Path, saved: dict, before: dict[str, int], now: dict[str, int], distributed: bool) -> None:
+def _check(load: Path, before: dict[str, int], now: dict[str, int], reshardable: bool) -> None:
     def text(sizes):
         return " ".join(f"{name} {size}" for name, size in sizes.items())
 
@@ -62,8 +69,7 @@ def _check(load: Path, saved: dict, before: dict[str, int], now: dict[str, int],
             f"it cannot be {'joined with the other' if apart(before) else 'split off'}; choose sizes "
             f"{'with' if apart(before) else 'without'} one, or carry weights only"
         )
-    reshardable = saved["checkpoint"].get("dist_ckpt_optim_fully_reshardable")
-    if distributed and saved["ddp"]["use_distributed_optimizer"] and not reshardable:
+    if not reshardable:
         raise NemoflowError(
             f"{where}its distributed optimizer was saved without checkpoint.dist_ckpt_optim_fully_reshardable and "
             "needs the sizes it was saved with; bring them back, or carry weights only"
