@@ -57,10 +57,11 @@ def enable() -> None:
 @functools.cache
 def patch(training: bool = True) -> None:
     """Patch what refuses a CPU. After `enable`, before a model is built; `training=False` where nothing is trained."""
-    from nemoflow.cpu import adapters, patches
+    from nemoflow.cpu import adapters, gpt, patches
 
     adapters.patch()
     patches.models()
+    gpt.patch()
     patches.random_states()
     patches.checkpoints()
     if training:
