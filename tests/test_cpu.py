@@ -121,21 +121,15 @@ def test_the_scan_agrees_with_transformers():
     assert (got - expected).abs().max() <= 1e-4
 
 
-def packed_logits(pattern: str) -> dict:
-    """In a fork that has Megatron: how far the logits of a real model move when one packed sequence is changed.
-
-    Returns the largest change in the changed sequence, in the others, in the others without packing, and between
-    a packed sequence and the same one alone.
-    """
+def hybrid(pattern: str):
+    """A provider of a small NemotronH model."""
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
-    from megatron.bridge.training.model_load_save import temporary_distributed_context
     from megatron.core.activations import squared_relu
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron_fixtures import MODEL
 
     settings = {key.removeprefix("model."): value for key, value in MODEL.items()}
     settings |= {"hybrid_layer_pattern": pattern, "num_layers": len(pattern)}
-    provider = HybridModelProvider(
+    return HybridModelProvider(
         **settings,
         vocab_size=128,
         activation_func=squared_relu,
@@ -147,6 +141,31 @@ def packed_logits(pattern: str) -> dict:
         moe_router_load_balancing_type="seq_aux_loss",
         moe_router_dtype="fp32",
     )
+
+
+def transformer():
+    """A provider of a small Qwen3 model."""
+    from megatron.bridge import AutoBridge
+    from transformers import AutoConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 128}
+    config = AutoConfig.for_model("qwen3", architectures=["Qwen3ForCausalLM"], num_attention_heads=2, **small)
+    provider = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    provider.bf16, provider.params_dtype, provider.autocast_dtype = False, torch.float32, torch.float32
+    provider.seq_length, provider.num_query_groups, provider.init_method_std = 64, 1, 0.2
+    return provider
+
+
+def packed_logits(pattern: str) -> dict:
+    """In a fork that has Megatron: how far the logits of a real model move when one packed sequence is changed.
+
+    Returns the largest change in the changed sequence, in the others, in the others without packing, and between
+    a packed sequence and the same one alone.
+    """
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    provider = transformer() if pattern == "transformer" else hybrid(pattern)
     cpu.adapt_model(provider)
     lengths = [20, 17, 27]
     starts = torch.tensor([0, 20, 37, 64], dtype=torch.int32)
@@ -186,7 +205,7 @@ def packed_logits(pattern: str) -> dict:
         }
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "ME*M"])
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*M", "transformer"])
 def test_packed_sequences_cannot_see_each_other(server, pattern):
     found = server.call("test_cpu:packed_logits", pattern)
     assert found["outside"] <= 1e-5
