@@ -10,7 +10,7 @@ from nemoflow import recipe as grammar
 from nemoflow.errors import NemoflowError
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS, Recipe
-from nemoflow.store import Store
+from nemoflow.store import Stage, Store
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECIPES = [Path("config/recipes"), CHECKOUT / "config/recipes"]
@@ -62,7 +62,7 @@ def check(args: argparse.Namespace) -> None:
     failed = False
     for name in args.recipe or known_recipes(RECIPES):
         try:
-            recipe = Recipe(name, RECIPES, Store(args.store))
+            recipe = Recipe(name, RECIPES, Store(args.store), unlocked=True)
         except NemoflowError as error:
             print(f"nemoflow: error: {error}", file=sys.stderr)
             failed = True
@@ -79,14 +79,23 @@ def check(args: argparse.Namespace) -> None:
                     f"  source {source}: about {raw.tokens:,} tokens, {len(raw.plan):,} shards in {len(raw.jobs)} jobs"
                 )
         for name, model in recipe.models.items():
-            print(f"  {name}: {model.spec.kind} by {model.spec.engine}, {model.stage.directory}")
+            print(f"  {name}: {model.spec.kind} by {model.spec.engine}{_place(recipe, model.stage)}")
         for trained, layout, _ in layouts:
             spec, span = trained.spec, f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
-            print(f"  {spec.name}: {spec.kind} by {spec.engine}, {span}, {trained.stage.directory}")
+            print(f"  {spec.name}: {spec.kind} by {spec.engine}, {span}{_place(recipe, trained.stage)}")
             if layout:
                 print(f"    {layout}")
+        if recipe.unlocked:
+            count = len(recipe.unlocked)
+            listed = f"{', '.join(recipe.unlocked[:3])}{f' and {count - 3} more' if count > 3 else ''}"
+            print(f"  not locked yet: {listed}; run `nemoflow lock {name}` before anything is made of it")
     if failed:
         raise SystemExit(1)
+
+
+def _place(recipe: Recipe, stage: Stage) -> str:
+    """Where a stage's artifact is, which is known once everything is locked."""
+    return "" if recipe.unlocked else f", {stage.directory}"
 
 
 def asked(args: argparse.Namespace) -> Session:

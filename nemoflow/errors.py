@@ -10,3 +10,7 @@ class NemoflowError(Exception):
 
 class Unfinished(NemoflowError):
     """Work that left in time and can be gone on with: nothing is wrong, and the same command does it."""
+
+
+class NotLocked(NemoflowError):
+    """A source that no lock file pins yet."""

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nemoflow import hub
 from nemoflow import recipe as grammar
 from nemoflow.data.plan import Plan, shards
-from nemoflow.errors import NemoflowError
+from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.progress import Progress, human, in_threads
 from nemoflow.store import Store, file_digest, read_json, write_atomically
 from nemoflow.store import dump as dump_json
@@ -390,7 +390,7 @@ class Locks:
         except NemoflowError as error:
             raise NemoflowError(f"{recipe}: {key}.{error}") from None
         if key not in self._entries:
-            raise NemoflowError(f"{recipe}: {key}: {asked.files!r} is not locked; {self._advice}")
+            raise NotLocked(f"{recipe}: {key}: {asked.files!r} is not locked; {self._advice}")
         lock, entry = self._entries[key]
         for setting in Asked.model_fields:
             today, pinned = getattr(asked, setting), getattr(entry.asked, setting)

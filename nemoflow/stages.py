@@ -5,18 +5,20 @@ Everything here is known from the recipe and its lock alone: no job is run, no n
 
 import difflib
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nemoflow import kinds
 from nemoflow import recipe as grammar
 from nemoflow.data import plan
 from nemoflow.data.generate import arguments, check_arguments
 from nemoflow.engines import engine, refuse
-from nemoflow.errors import NemoflowError
-from nemoflow.locks import Locks
+from nemoflow.errors import NemoflowError, NotLocked
+from nemoflow.locks import LockedSource, Locks
 from nemoflow.store import Stage, Store
 
 POOL_TOKENS = 64_000_000
@@ -121,16 +123,20 @@ class Recipe:
         directories: list[Path],
         store: Store,
         python: str | None = None,
+        unlocked: bool = False,
     ):
         """Resolve recipe `name`.
 
         python: interpreter version generated sources are made with, this one by default.
+        unlocked: stand-ins take the place of what is not locked; the identities mean nothing then.
 
         Raises NemoflowError naming file, key, value and fix.
         """
         self.name, self.store = name, store
         self.file, self.spec = grammar.load(name, directories)
         self.locks = Locks(name, directories, store)
+        self.unlocked: list[str] | None = [] if unlocked else None
+        """What is not locked, if that is allowed."""
         self._python = python or platform.python_version()
         self.raw: dict[str, Raw] = {}
         """The sources that are used, by name."""
@@ -193,17 +199,32 @@ class Recipe:
         return Raw(identity, spec, [[[i]] for i in range(spec.shards)], [(0, spec.shards)], None)
 
     def _files(self, name: str, spec: grammar.Files) -> Raw:
-        locked = self.locks.source(f"sources.{name}", spec, self.file)
+        key = f"sources.{name}"
+        stand_in = LockedSource({"unlocked": key, "format": "jsonl", "files": []}, [], [[[0]]], 0, 0)
+        locked = self._pinned(key, lambda: self.locks.source(key, spec, self.file), stand_in)
         identity = self._add("source", **locked.payload)
         if locked.paths:
             self.launch[identity] = {"paths": locked.paths}
+        if locked is stand_in:
+            return Raw(identity, spec, locked.plan, [(0, 1)], None)
         jobs = plan.jobs(locked.plan, locked.payload["files"])
         return Raw(identity, spec, locked.plan, jobs, locked.estimated_tokens)
+
+    def _pinned(self, key: str, find: Callable, stand_in: Any) -> Any:
+        try:
+            return find()
+        except NotLocked:
+            if self.unlocked is None:
+                raise
+            self.unlocked.append(key)
+            return stand_in
 
     def _tokenizer(self) -> str:
         spec = self.spec.tokenizer
         if isinstance(spec, grammar.LocalTokenizer):
-            payload, paths = self.locks.tokenizer(spec, self.file)
+            payload, paths = self._pinned(
+                "tokenizer", lambda: self.locks.tokenizer(spec, self.file), ({"unlocked": spec.files}, [])
+            )
             identity = self._add("tokenizer", **payload)
             if paths:
                 self.launch[identity] = {"paths": paths}
@@ -381,7 +402,11 @@ class Recipe:
         return found
 
     def _import(self, spec: grammar.Import, driver: ModuleType) -> Model:
-        payload, paths = self.locks.model(spec, self.file)
+        payload, paths = self._pinned(
+            spec.name,
+            lambda: self.locks.model(spec, self.file),
+            ({"model": {"repo": spec.model}, "unlocked": spec.name}, []),
+        )
         source = self._add("source", **payload)
         if paths:
             self.launch[source] = {"paths": paths}

@@ -58,7 +58,7 @@ def test_check_goes_through_all_recipes_and_fails_when_one_does(nemoflow, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["check", "demo"], "sources.words: 'raw/*.jsonl' is not locked; run `nemoflow lock demo`"),
+        (["graph", "sft/demo"], "sources.words: 'raw/*.jsonl' is not locked; run `nemoflow lock demo`"),
         (["check", "demmo"], "unknown recipe 'demmo'"),
         (["lock", "a/b"], "'a/b' cannot be a recipe's name"),
         (["show", "sft/demmo"], "unknown recipe 'demmo'"),
