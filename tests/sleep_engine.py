@@ -1,7 +1,8 @@
 """A trainer for tests of the graph: a file per checkpoint and a line of metrics per iteration, and no model.
 
 The recipe's overrides steer it, without being identity: sleep.seconds per iteration, sleep.fail_at an iteration to
-fail at, sleep.end_at one to end at without a word, sleep.bytes the size of a checkpoint.
+fail at, sleep.end_at one to end at without a word, sleep.bytes the size of a checkpoint. Asked to stop, it saves, says
+so and ends.
 """
 
 import json
@@ -67,11 +68,15 @@ def main(request: dict):
             time.sleep(settings.get("sleep.seconds", 0))
             metrics.write(json.dumps({"iteration": n, "loss": 10 / n, "tokens": n * 100}) + "\n")
             metrics.flush()
-            if n in request["wanted"] or n % request["save_interval"] == 0:
+            asked = Path(request["stop_file"]).exists()
+            if n in request["wanted"] or n % request["save_interval"] == 0 or asked:
                 (checkpoints / f".{n}").mkdir(exist_ok=True)
                 weights = json.dumps([request["init"], settings, n])
                 (checkpoints / f".{n}" / "weights").write_text(weights.ljust(settings.get("sleep.bytes", 0)))
                 (checkpoints / f".{n}").rename(checkpoints / str(n))
+            if asked:
+                print(f"nemoflow: unfinished: iteration {n} of {request['stop']}, because it was asked to stop")
+                return
 
 
 def index(request: dict):

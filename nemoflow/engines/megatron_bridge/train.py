@@ -29,6 +29,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -43,6 +44,9 @@ from nemoflow.errors import NemoflowError
 CHECKS = ("runtime_config_update", "init_num_microbatches_calculator")
 """Functions in which Megatron-Bridge checks a configuration: what they raise is a mistake in the recipe."""
 
+FULL_BYTES = 2**26
+"""A disk with less space than this, under a checkpoint that could not be written, is full."""
+
 
 def main(arguments: list[str]) -> int:
     return program(run, arguments)
@@ -55,7 +59,9 @@ def program(run: Callable[[dict], None], arguments: list[str]) -> int:
         run(request)
     except NemoflowError as error:
         return _fail(str(error))
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's exception of checkpoints is no Exception
         known = explain(error, request)
         if known is None:
             raise
@@ -78,7 +84,8 @@ def explain(error: BaseException, request: dict) -> str | None:
     for each in seen:
         if isinstance(each, NemoflowError):
             return str(each)
-        if getattr(each, "errno", None) == errno.ENOSPC or "No space left on device" in str(each):
+        full = getattr(each, "errno", None) == errno.ENOSPC or "No space left on device" in str(each)
+        if full or _filled(each, request):
             return f"no space left on the disk of {_written(request)}; free some and run again"
         if getattr(each, "errno", None) == errno.EDQUOT:
             return f"disk quota exceeded at {_written(request)}; free some and run again"
@@ -89,6 +96,11 @@ def explain(error: BaseException, request: dict) -> str | None:
 
 def _written(request: dict) -> str:
     return request.get("checkpoints") or request["out"]
+
+
+def _filled(error: BaseException, request: dict) -> bool:
+    """Whether Megatron's writer failed, which only tells the class of its error, and left next to no space."""
+    return "Worker failure: " in str(error) and shutil.disk_usage(_written(request)).free < FULL_BYTES
 
 
 def _passed(error: BaseException, functions: tuple[str, ...]) -> bool:

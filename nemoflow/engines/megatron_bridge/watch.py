@@ -225,7 +225,8 @@ def checkpoint_bytes(model: list, config) -> int:
     number = dense / groups.dp_cp.size() + experts / groups.expt_dp.size()
     if config.checkpoint.save_optim:
         optimizer = config.optimizer
-        each += optimizer.main_params_dtype.itemsize if each < 4 else 0
+        own_copy = optimizer.use_distributed_optimizer or each < 4  # else a float32 model is its own master
+        each += optimizer.main_params_dtype.itemsize if own_copy else 0
         each += optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
     return int(number * each)
 
