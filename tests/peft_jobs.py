@@ -61,3 +61,46 @@ def train(argument: dict) -> int:
     begin = {"xavier": 0.1, "zero": 0.0}
     ParallelLinearAdapter._get_init_fn = lambda _, method: lambda t: torch.nn.init.constant_(t, begin[method])
     return world.run(argument)
+
+
+def dense(job: dict) -> int:
+    """A small Qwen3 with adapters of random numbers: `base`, and in `out` merged, with Megatron's logits unmerged."""
+    import torch
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.recipes.utils.dataset_utils import default_peft_config
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+    from safetensors.torch import save_file
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from nemoflow import cpu
+    from nemoflow.export import adapter
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 300, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    base, out = Path(job["base"]), Path(job["out"])
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=False)).save_pretrained(base)
+    bridge = AutoBridge.from_hf_pretrained(base, torch_dtype=torch.float32)
+    provider = bridge.to_megatron_provider(load_weights=True)
+    cpu.adapt_model(provider)
+    provider.bf16 = False
+    provider.params_dtype = provider.pipeline_dtype = torch.float32
+    with temporary_distributed_context(backend="gloo"):
+        provider.finalize()
+        model = provider.provide_distributed_model(wrap_with_ddp=False)
+        peft = default_peft_config(job["scheme"], dim=4, alpha=8)
+        peft(model, training=False)
+        with torch.no_grad():
+            for name, parameter in model[0].named_parameters():
+                if ".adapter." in name and parameter.dim() == 2:
+                    parameter.normal_(std=0.2)
+                elif ".adapter." in name:
+                    parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            ids = torch.randint(0, 300, (2, POSITIONS))
+            ahead = torch.triu(torch.ones(1, 1, POSITIONS, POSITIONS, dtype=torch.bool), diagonal=1)
+            positions = torch.arange(POSITIONS).expand(2, POSITIONS)
+            found = model[0].eval()(input_ids=ids, position_ids=positions, attention_mask=ahead)
+        adapter.take_out(peft, bridge, model, "float32", out)
+        bridge.save_hf_pretrained(model, out, show_progress=False)
+    save_file({"ids": ids, "logits": found.detach().float().contiguous()}, out / "logits.safetensors")
+    return 0

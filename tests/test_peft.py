@@ -9,7 +9,7 @@ import torch
 from megatron_fixtures import MODEL, PRECISION, PRETRAIN, RECIPES, SFT, pretrain, sft
 
 from nemoflow.errors import NemoflowError
-from nemoflow.export import adapter, special_tokens
+from nemoflow.export import adapter, make, special_tokens
 
 pytest_plugins = ["megatron_fixtures"]
 
@@ -69,7 +69,7 @@ def weights(checkpoint):
     return {
         name: (tuple(value.shape), value.numpy().tobytes())
         for name, value in flat(held).items()
-        if torch.is_tensor(value) and not name.startswith("optimizer")
+        if torch.is_tensor(value) and "optimizer." not in name
     }
 
 
@@ -91,19 +91,17 @@ def test_checkpoints_hold_adapters_alone(trained, beneath):
     assert found
     assert all(".adapter." in name for name in found)
     assert all(any(data) for _, data in found.values())  # B begins as zero, so each has been trained
-    assert size(trained.checkpoint(6)) < size(beneath) / 3
+    assert size(trained.checkpoint(6)) < size(beneath) / 2
 
 
 def size(checkpoint):
     return sum(p.stat().st_size for p in checkpoint.glob("*.distcp"))
 
 
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_experts_share_adapters_as_on_a_gpu(trained):
     """Stored once for each expert, so that expert parallelism may change."""
     found = {name: t for name, t in weights(trained.checkpoint(6)).items() if ".experts.experts." in name}
-    if trained.request["peft"] == "dora":
-        assert not found
-        return
     assert {name.partition(".experts.experts.")[2] for name in found} == {
         f"linear_fc{n}.adapter.linear_{way}.weight" for n in (1, 2) for way in ("in", "out")
     }
@@ -131,17 +129,15 @@ def plain(server, data, beneath, tmp_path_factory):
     return out
 
 
-def check_logits(server, data, beneath, plain, run, out, monkeypatch):
-    """The merged model, and the plain one with `adapter` by the `peft` library, are Megatron with adapters unmerged."""
+def check_logits(plain, out):
+    """The merged model in `out`, and `plain` with the adapter there by the `peft` library, compute `logits` there.
+
+    These are Megatron's, with the adapters beside the weights. Returns the adapter's tensors.
+    """
     from peft import PeftModel
-    from peft.tuners import tuners_utils
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    checkpoint = run.checkpoint(6)
-    job = {"checkpoint": str(checkpoint), "base": str(beneath), "out": str(out / "logits.safetensors")}
-    assert server.call("peft_jobs:logits", job) == 0
-    assert converted(server, data, out, checkpoint, beneath) == {}
     reference = load_file(out / "logits.safetensors")
 
     def error(model):
@@ -153,12 +149,6 @@ def check_logits(server, data, beneath, plain, run, out, monkeypatch):
     assert error(merged) <= 1e-4
     model = AutoModelForCausalLM.from_pretrained(plain)
     assert error(model) > 0.05  # or being close would say little
-    if "out_proj" in run.request["overrides"].get("peft.target_modules", ["out_proj"]):
-        with pytest.raises(ValueError, match="out_proj"):  # as its README says
-            PeftModel.from_pretrained(model, out / adapter.DIRECTORY)
-        assert "refuses" in (out / adapter.DIRECTORY / "README.md").read_text()
-        monkeypatch.setattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
-        model = AutoModelForCausalLM.from_pretrained(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # peft warns of adapters that are missing, and goes on
         model = PeftModel.from_pretrained(model, out / adapter.DIRECTORY)
@@ -166,22 +156,85 @@ def check_logits(server, data, beneath, plain, run, out, monkeypatch):
     return load_file(out / adapter.DIRECTORY / "adapter_model.safetensors")
 
 
-def test_merged_and_adapted_logits_are_megatrons(server, data, beneath, plain, trained, tmp_path, monkeypatch):
-    found = check_logits(server, data, beneath, plain, trained, tmp_path, monkeypatch)
-    assert any("lora_magnitude_vector" in name for name in found) == (trained.request["peft"] == "dora")
+def exported(server, data, beneath, run, out):
+    """The adapters of a run, exported, with Megatron's logits beside them."""
+    job = {"checkpoint": str(run.checkpoint(6)), "base": str(beneath), "out": str(out / "logits.safetensors")}
+    assert server.call("peft_jobs:logits", job) == 0
+    assert converted(server, data, out, run.checkpoint(6), beneath) == {}
+    return out
+
+
+@pytest.fixture
+def any_layer(monkeypatch):
+    """The `peft` library takes adapters of a Mamba layer's out_proj, which in transformers' torch path is a layer."""
+    from peft.tuners import tuners_utils
+
+    monkeypatch.setattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+@pytest.mark.usefixtures("any_layer")
+def test_lora_merged_and_beside_computes_what_megatron_does(server, data, beneath, plain, trained, tmp_path):
+    found = check_logits(plain, exported(server, data, beneath, trained, tmp_path))
+    assert not any("magnitude" in name for name in found)
+    assert "refuses adapters of a Mamba layer's `out_proj`" in (tmp_path / adapter.DIRECTORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trained", ["dora"], indirect=True)
+def test_dora_merged_and_beside_computes_what_megatron_does(server, data, beneath, plain, trained, tmp_path):
+    found = check_logits(plain, exported(server, data, beneath, trained, tmp_path))
+    assert any("magnitude" in name for name in found)
+    assert "PeftModel.from_pretrained" in (tmp_path / adapter.DIRECTORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("scheme", ["lora", "dora"])
+def test_a_dense_model_whose_layers_megatron_fuses(server, tmp_path, scheme):
+    """q, k and v, gate and up: of Qwen3, whose export is the bridge's own here."""
+    (tmp_path / "out").mkdir()
+    job = {"base": str(tmp_path / "base"), "out": str(tmp_path / "out"), "scheme": scheme}
+    assert server.call("peft_jobs:dense", job) == 0
+    found = check_logits(tmp_path / "base", tmp_path / "out")
+    assert len(found) == 2 * 7 * {"lora": 2, "dora": 3}[scheme]
 
 
 @pytest.mark.slow
-def test_experts_with_adapters_and_a_rank_of_their_own(server, data, beneath, plain, tmp_path, monkeypatch):
-    own = {"peft.share_expert_adapters": False, "peft.normalize_moe_lora": True}
-    run = adapted(server, data, tmp_path / "run", beneath, "lora", own).train()
-    shape, values = weights(run.checkpoint(6))[
-        "decoder.layers.1.mlp.experts.experts.linear_fc1.adapter.linear_in.weight"
-    ]
-    assert shape == (8, 2, 32)
-    assert values != values[: len(values) // 8] * 8
+@pytest.mark.usefixtures("any_layer")
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("lora", {"peft.share_expert_adapters": False, "peft.normalize_moe_lora": True}),
+        ("dora", {"peft.target_modules": ["in_proj", "out_proj", "*.shared_experts.linear_fc2"]}),
+    ],
+)
+def test_other_settings_are_exported_as_well(server, data, beneath, plain, tmp_path, scheme, settings):
+    run = adapted(server, data, tmp_path / "run", beneath, scheme, settings).train()
+    if scheme == "lora":  # each expert has its own, of half the rank
+        name = "decoder.layers.1.mlp.experts.experts.linear_fc1.adapter.linear_in.weight"
+        shape, values = weights(run.checkpoint(6))[name]
+        assert shape == (8, 2, 32)
+        assert values != values[: len(values) // 8] * 8
     (tmp_path / "out").mkdir()
-    check_logits(server, data, beneath, plain, run, tmp_path / "out", monkeypatch)
+    check_logits(plain, exported(server, data, beneath, run, tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["dora"], indirect=True)
+def test_an_artifact_with_an_adapter(data, beneath, trained, tmp_path):
+    from safetensors.torch import load_file
+
+    inputs = {"tokenizer": data / "tokenizer"}
+    for role, checkpoint in (("state", trained.checkpoint(6)), ("base", beneath)):
+        inputs[role] = tmp_path / role
+        inputs[role].mkdir()
+        (inputs[role] / "checkpoint").symlink_to(checkpoint)
+    out = tmp_path / "out"
+    out.mkdir()
+    make({"engine": "megatron_bridge", "dtype": "bfloat16"}, inputs, out, lambda _: None, [])
+    found = load_file(out / adapter.DIRECTORY / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert sorted(p.name for p in (out / adapter.DIRECTORY).iterdir()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+    ]
 
 
 def test_an_export_of_adapters_without_their_base(trained, beneath):
@@ -191,9 +244,8 @@ def test_an_export_of_adapters_without_their_base(trained, beneath):
         adapter.check(beneath, beneath)
 
 
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_adapters_of_another_model(server, data, beneath, trained, tmp_path):
-    if trained.request["peft"] == "dora":
-        return
     other = shutil.copytree(trained.checkpoint(6), tmp_path / "iter_0000006")
     config = (other / "run_config.yaml").read_text()
     assert config.count("  - out_proj\n") == 1

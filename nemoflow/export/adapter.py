@@ -65,19 +65,25 @@ def merge(checkpoint: Path, bridge: Any, model: list, dtype: str, out: Path) -> 
 
     `bridge` is the AutoBridge of the model. Raises NemoflowError for adapters of another model.
     """
+    from megatron.core.utils import unwrap_model
+
+    take_out(_load(checkpoint, unwrap_model(model)), bridge, model, dtype, out)
+
+
+def take_out(peft: Any, bridge: Any, model: list, dtype: str, out: Path) -> None:
+    """Merge the adapters with which `peft` (LoRA or DoRA) has wrapped `model`, in place, and write them as `merge`."""
     from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
     from megatron.core.utils import unwrap_model
 
     chunks = unwrap_model(model)
-    peft = _load(checkpoint, chunks)
     parts = [part for chunk in chunks for m in chunk.modules() if isinstance(m, AdapterWrapper) for part in _parts(m)]
     for chunk in chunks:
         for parent in list(chunk.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, AdapterWrapper):
                     setattr(parent, name, child.to_wrap)
-    named = _named(bridge, model, parts)
-    _write(named, bridge.hf_pretrained.model_type, peft, dtype, out / DIRECTORY)
+    config = getattr(bridge.hf_pretrained, "config", bridge.hf_pretrained)  # a model's files, or their config alone
+    _write(_named(bridge, model, parts), config.model_type, peft, dtype, out / DIRECTORY)
     _merge(parts)
 
 
@@ -101,7 +107,7 @@ def _load(checkpoint: Path, chunks: list) -> Any:
     peft(chunks, training=False)
     wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(chunks, {}), peft)
     loaded, left, absent = dist_checkpointing.load(wanted, str(checkpoint), strict="return_all")
-    wrong = sorted({*absent, *(name for name in left if ".adapter." in name)})
+    wrong = sorted({*absent, *(name for name in left if ".adapter." in name and "optimizer." not in name)})
     if wrong:
         raise NemoflowError(
             f"{checkpoint}: adapters of another model: {wrong[0]} "
@@ -177,7 +183,7 @@ def _write(named: dict[str, Part], model_type: str, peft: Any, dtype: str, out: 
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
         if part.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = part.magnitude
-    modules = sorted({name.partition(".")[2] for name in named if not (_EXPERT.match(name) and model_type in STACKED)})
+    modules = {_within(name) for name in named if not (_EXPERT.match(name) and model_type in STACKED)}
     for layer, projections in stacks.items():
         order = [p for p in STACKED[model_type] if p in projections]
         for depth, projection in enumerate(reversed(order)):
@@ -185,7 +191,7 @@ def _write(named: dict[str, Part], model_type: str, peft: Any, dtype: str, out: 
             place = layer + ".base_layer" * depth
             tensors[f"{place}.lora_A.weight"] = torch.cat([down for down, _ in experts])
             tensors[f"{place}.lora_B.weight"] = torch.stack([up for _, up in experts], dim=2).flatten(1)
-        parameters += [f"{layer.partition('.')[2]}.{projection}" for projection in order]
+        parameters += [f"{_within(layer)}.{projection}" for projection in order]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -195,7 +201,7 @@ def _write(named: dict[str, Part], model_type: str, peft: Any, dtype: str, out: 
         "lora_alpha": peft.alpha,
         "lora_dropout": 0.0,
         "r": peft.dim,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
         "use_dora": dora,
         **({"target_parameters": parameters} if parameters else {}),
     }
@@ -207,6 +213,11 @@ def _write(named: dict[str, Part], model_type: str, peft: Any, dtype: str, out: 
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     refused = model_type == "nemotron_h" and any(name.endswith(".out_proj") for name in modules)
     (out / "README.md").write_text(_card(dora, peft, sum(t.numel() for t in tensors.values()), refused))
+
+
+def _within(name: str) -> str:
+    """A layer's name without the model's own, its first part, which readers call differently."""
+    return name.partition(".")[2] or name
 
 
 def _with_rank(part: Part, dim: int, alpha: int) -> tuple[Any, Any]:
