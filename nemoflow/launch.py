@@ -72,7 +72,8 @@ def reason(lines: list[str]) -> str | None:
     last = next((line for line in reversed(own) if line.strip()), None)
     if last is None:
         # It failed before, and none waited for it: its traceback's last line is not indented, and names an exception.
-        last = next((line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), None)
+        own = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+        last = next((line for line in own if not line.startswith("torch.distributed.elastic.")), None)
     return textwrap.shorten(f"{who} failed: {last}", 300) if last else f"{who} failed with exit code {code[1]}"
 
 

@@ -1,0 +1,153 @@
+"""One program as several processes: what starts them, whose failure is told, and that none outlives the others."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from graph import Work
+
+from nemoflow import cpu, launch, training
+from nemoflow.errors import NemoflowError
+
+BASE = Path(__file__).resolve().parents[1]
+PROGRAM = [sys.executable, "-m", "program", "request.json"]
+
+FAILURE = """\
+import os, sys, time
+rank = int(os.environ["RANK"])
+assert os.environ["WORLD_SIZE"] == "2"
+if rank == 1:
+    {what}
+time.sleep(60)
+"""
+
+
+def resources(nodes: int = 1, gpus: int = 1) -> dict:
+    return {"nodes": nodes, "gpus_per_node": gpus, "gpu": None}
+
+
+def environment(**more: str) -> dict[str, str]:
+    return training.environment() | {"NEMOFLOW_CPU": "1"} | more
+
+
+def failing(what: str) -> list[str]:
+    """What is written when process 1 of two does `what` and process 0 waits."""
+    command = launch.command([sys.executable, "-c", FAILURE.format(what=what)], resources(gpus=2))
+    done = subprocess.run(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    return done.stdout.splitlines()
+
+
+def test_one_process_is_the_program_itself(monkeypatch):
+    monkeypatch.setattr(cpu, "needed", lambda: True)
+    assert launch.command(PROGRAM, resources()) == PROGRAM
+    assert launch.command(PROGRAM, resources(gpus=2))[-len(PROGRAM) :] == PROGRAM
+
+
+def test_another_machine_is_not_to_be_had(monkeypatch):
+    monkeypatch.setattr(cpu, "needed", lambda: True)
+    with pytest.raises(NemoflowError, match=r"resources\.nodes: 4: stages run on this machine only, which is one node"):
+        launch.command(PROGRAM, resources(4, 8))
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_more_gpus_than_there_are(monkeypatch, there):
+    monkeypatch.setattr(cpu, "needed", lambda: False)
+    monkeypatch.setattr(launch, "_gpus", lambda: there)
+    with pytest.raises(NemoflowError, match=rf"resources\.gpus_per_node: 2: this machine has {there}"):
+        launch.command(PROGRAM, resources(gpus=2))
+    if there:
+        assert launch.command(PROGRAM, resources()) == PROGRAM
+
+
+def test_a_stage_that_wants_another_machine_is_refused(demo):
+    demo.set("rl", until=12, resources={"nodes": 2})
+    assert "resources.nodes: 2: stages run on this machine only" in demo.refused("rl/demo")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("raise ValueError('no such thing')", "the trainer: process 1 failed: ValueError: no such thing"),
+        pytest.param("sys.exit('nemoflow: error: overrides.a: is b')", "overrides.a: is b", marks=pytest.mark.slow),
+        ("os.kill(os.getpid(), 9)", "the trainer: process 1 was killed by SIGKILL, as when memory runs out"),
+        pytest.param("sys.exit(3)", "the trainer: process 1 failed with exit code 3", marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_to_fail_is_told(what, said):
+    assert training.reason(failing(what), "the trainer") == said
+
+
+def test_among_tracebacks_that_of_the_first_to_fail_is_told():
+    """As torch 2.11 writes them: each process its own once they know each other, and torchrun a summary."""
+    lines = [
+        "[rank1]: Traceback (most recent call last):",
+        '[rank1]:   File "train.py", line 1, in run',
+        "[rank1]: RuntimeError: the shape is wrong",
+        "[rank0]: Traceback (most recent call last):",
+        "[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:2222",
+        "E1123 05:51:00 torch/distributed/elastic/multiprocessing/api.py:882] failed (exitcode: 1) local_rank: 1",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        "Root Cause (first observed failure):",
+        "[0]:",
+        "  rank      : 1 (local_rank: 1)",
+        "  exitcode  : 1 (pid: 77)",
+        "============================================================",
+    ]
+    assert launch.reason(lines) == "process 1 failed: RuntimeError: the shape is wrong"
+    assert launch.reason(lines[:5]) is None
+
+
+def test_processes_end_with_torchrun_however_that_ends(tmp_path):
+    program = f"import os, time, pathlib; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(600)"
+    command = launch.command([sys.executable, "-c", program], resources(gpus=2))
+    torchrun = subprocess.Popen(command, env=environment())
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        processes = [psutil.Process(int(path.name)) for path in tmp_path.iterdir()]
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    _, alive = psutil.wait_procs(processes, 10)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_stage_of_the_demo_as_two_processes(tmp_path):
+    """By the workflow, with a stop between, and its experts dealt out."""
+    recipe = yaml.safe_load((BASE / "config/recipes/nano3-tiny.yaml").read_text())
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["stages"][0] |= {"resources": {"gpus_per_node": 2}}
+    recipe["overrides"]["megatron_bridge"] |= {
+        "train.micro_batch_size": 8,
+        "model.expert_model_parallel_size": 2,
+        "model.moe_token_dispatcher_type": "alltoall",
+    }
+    work = Work(tmp_path)
+    work.recipe("two").parent.mkdir(parents=True)
+
+    def train(until: int) -> list[dict]:
+        recipe["stages"][0]["until"] = until
+        work.recipe("two").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        work.run("pretrain/two")
+        lines = (work.trajectory("pretrain/two") / "metrics.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+    first = train(4)
+    assert [entry["iteration"] for entry in first] == [1, 2, 3, 4]
+    both = train(8)
+    assert [entry["iteration"] for entry in both] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert both[:4] == first
+    assert both[7]["loss"] < both[0]["loss"] - 0.3
+    config = yaml.safe_load((work.path / "pretrain/two/checkpoint/run_config.yaml").read_text())
+    assert config["model"]["expert_model_parallel_size"] == 2
