@@ -59,6 +59,8 @@ def measures(found: dict[int, dict], start: int, at: int) -> dict:
             result["tokens"] = trained[-1]["tokens"]
     if valid := [s["valid_loss"] for s in steps if "valid_loss" in s]:
         result |= {"valid_loss_first": valid[0], "valid_loss": valid[-1]}
+    if by_source := [s["valid_losses"] for s in steps if "valid_losses" in s]:
+        result["valid_losses"] = by_source[-1]
     if rewards := [s["reward"] for s in steps if "reward" in s]:
         tenth = max(1, len(rewards) // 10)
         result |= {"reward_first": sum(rewards[:tenth]) / tenth, "reward": sum(rewards[-tenth:]) / tenth}
@@ -101,6 +103,7 @@ class Trajectory:
             "init": None,
             "start": self.start,
             "stream": payload.get("stream"),
+            "schedule_batch": payload.get("schedule_batch"),
             "skip": payload.get("skip", 0),
             "horizon": payload["horizon"],
             "stop": self.job.at,

@@ -45,15 +45,10 @@ def test_a_run_leaves_before_its_job_ends_and_when_asked_and_goes_on_with_the_sa
     assert said.startswith("iteration 1 of 24, because the job ends at ")
     assert list(checkpoints.states(run.checkpoints)) == [1]
 
-    stop = tmp_path / "stop"
-    _, log = run.begin(stop_file=str(stop), deadline=time.time() + 3600)
-    while max(run.digits(), default=0) < 4:
-        time.sleep(0.05)
-    stop.touch()
-    assert server.end() == 0
-    at = max(checkpoints.states(run.checkpoints))
-    assert 4 <= at < 24
-    assert f"{UNFINISHED_PREFIX}iteration {at} of 24, because {stop} asked for it\n" in log.read_text()
+    stop = run.checkpoint(4)  # appears while iteration 4 is saved, and so is first seen after iteration 5
+    said = leaves(run, wanted=[4], stop_file=str(stop), deadline=time.time() + 3600)
+    assert said == f"iteration 5 of 24, because {stop} asked for it"
+    assert list(checkpoints.states(run.checkpoints)) == [1, 4, 5]
 
     run.train(stop_file=str(tmp_path / "none"))
     assert run.digits() == straight.digits()
@@ -104,15 +99,22 @@ def test_a_stage_of_one_source_has_its_loss_as_its_only_one(server, data, tmp_pa
             assert entry["valid_losses"] == {"a": pytest.approx(entry["valid_loss"], abs=2e-6)}
 
 
-@pytest.mark.parametrize("checked", [True, False], ids=["by Megatron", "after the iteration"])
-def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(server, data, tmp_path, checked):
+UNCHECKED = {"rerun_state_machine.check_for_nan_in_loss": False, "ddp.check_for_nan_in_grad": False}
+
+
+@pytest.mark.parametrize(
+    ("checks", "told"),
+    [({}, "Megatron found (NaN|Inf) in "), (UNCHECKED, "the (loss|gradient norm) is (NaN|infinite)")],
+    ids=["by Megatron", "after the iteration"],
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(server, data, tmp_path, checks, told):
     overrides = OVERRIDES | {"optimizer.lr": 1e30, "optimizer.min_lr": 1e29, "optimizer.clip_grad": 0.0}
-    overrides |= {"scheduler.lr_warmup_iters": 6, "rerun_state_machine.check_for_nan_in_loss": checked}
+    overrides |= {"scheduler.lr_warmup_iters": 6, **checks}
     run = pretrain(server, data, tmp_path, overrides=overrides, save_interval=1)
     said = run.fails()
     at = int(re.search(r"iteration (\d+) \(samples", said)[1])
     assert f"(samples {4 * at - 4} to {4 * at - 1})" in said
-    assert re.search("NaN|Inf|infinite", said)
+    assert re.search(told, said)
     kept = checkpoints.states(run.checkpoints)
     assert list(kept) == list(range(1, at))
     assert f"edits: [{{at: {at - 1}, skip: 1}}]" in said
@@ -252,6 +254,50 @@ def test_no_room_for_two_checkpoints_is_one_clear_error_before_training(server, 
         run.train()
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+PIPELINE = {
+    "model.pipeline_model_parallel_size": 2,
+    "model.hybrid_layer_pattern": "ME*ME*",  # experts in both stages, for Megatron-Core's report of their router
+    "model.num_layers": 6,
+}
+
+
+def begin(run, **changes) -> Path:
+    """Start the trainer as two processes: its log."""
+    path = run.directory / "request.json"
+    path.write_text(json.dumps(run.request | changes), encoding="utf-8")
+    _, log, _ = run.server.start("world:run", {"request": str(path), "processes": 2})
+    return log
+
+
+def test_two_processes_leave_at_one_iteration_and_measure_each_source_as_one_does(server, data, tmp_path, straight):
+    """Only the first sees the stop file, and only the last the loss."""
+    run = pretrain(server, data, tmp_path, wanted=[5])
+    log = begin(run, stop_file=str(run.checkpoint(5)))
+    assert server.end() == 0, log.read_text()[-3000:]
+    assert list(checkpoints.states(run.checkpoints)) == [5, 6]
+    assert log.read_text().count(f"{UNFINISHED_PREFIX}iteration 6 of 24, because ") == 1
+    assert list(run.digits()) == [1, 2, 3, 4, 5, 6]
+    alone = {e["iteration"]: e["valid_losses"] for e in straight.lines() if "valid_losses" in e}
+    for entry in (e for e in run.lines() if "valid_losses" in e):
+        assert entry["valid_losses"] == pytest.approx(alone[entry["iteration"]], abs=1e-4)
+
+
+def test_a_pipeline_stops_as_one_when_its_last_stage_sees_no_number(server, data, tmp_path):
+    overrides = OVERRIDES | PIPELINE | {"optimizer.lr": 1e30, "optimizer.min_lr": 1e29, "optimizer.clip_grad": 0.0}
+    overrides |= {"scheduler.lr_warmup_iters": 6, **UNCHECKED}
+    run = pretrain(server, data, tmp_path, overrides=overrides)
+    log = begin(run)
+    assert server.end() == 1, log.read_text()[-3000:]
+    said = {line for line in log.read_text().splitlines() if line.startswith("nemoflow: error: ")}
+    assert len(said) == 1, "both say the same, or the first is the only one"
+    assert re.search(
+        r"iteration \d+ \(samples \d+ to \d+\): the (loss|gradient norm) is (NaN|infinite); no state", *said
+    )
+    assert not checkpoints.states(run.checkpoints)
 
 
 # -- the driver --------------------------------------------------------------------------------------------------------
