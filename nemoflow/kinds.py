@@ -206,5 +206,7 @@ def inputs(payload: dict) -> list[Ref]:
             return [Ref("states", of["trajectory"], of.get("at")) for of in payload["of"]]
         case "hf_export":
             of = payload["of"]
-            return [Ref("state", of["trajectory"], of.get("at")), Ref("tokenizer", payload["tokenizer"])]
+            found = [Ref("state", of["trajectory"], of.get("at")), Ref("tokenizer", payload["tokenizer"])]
+            base = payload.get("base")
+            return [*found, Ref("base", base["trajectory"], base.get("at"))] if base else found
     raise ValueError(f"no such kind: {payload['kind']}")

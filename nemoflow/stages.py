@@ -107,6 +107,7 @@ class Trained:
     batch: int | None
     scheduled: int | None
     stream: int
+    skip: int = 0
     wanted: set[int] = field(default_factory=set)
 
     def samples(self, at: int) -> int:
@@ -459,10 +460,14 @@ class Recipe:
                     f"{where}.overrides: train.global_batch_size is missing: it defines the data's order"
                 )
             data = self._index(spec, driver, overrides, data, (horizon - start) * batch)
-        stage = self._frozen(spec, overrides, driver, data=data, horizon=horizon, init=init, version=spec.version)
+        stage = self._frozen(
+            spec, overrides, driver, scheduled, data=data, horizon=horizon, init=init, version=spec.version
+        )
         trained = Trained(
             spec, driver, overrides, stage, start, until, horizon, data, consumed, batch, scheduled, consumed
         )
+        if getattr(spec, "peft", None) and spec.edits:
+            raise NemoflowError(f"{where}.edits: a stage of adapters has none; train it anew, it is short")
         chain = [trained]
         for number, edit in enumerate(getattr(spec, "edits", [])):
             chain.append(self._edited(chain, edit, f"{where}.edits[{number}]"))
@@ -471,8 +476,8 @@ class Recipe:
                 raise NemoflowError(f"{where}.{key}: {n} lies past the schedule's horizon {chain[-1].horizon}")
             if n <= start:
                 raise NemoflowError(f"{where}.{key}: {n}: the stage starts at {start}, as init carries the counters")
-        if chain[-1].until <= chain[-1].start:
-            raise NemoflowError(f"{where}.until: {chain[-1].until}: the last of the edits begins at {chain[-1].start}")
+        if chain[-1].until <= (first := chain[-1].start + chain[-1].skip):
+            raise NemoflowError(f"{where}.until: {chain[-1].until}: the last of the edits trains from {first} on")
         for n in [*spec.milestones, chain[-1].until]:
             _holder(chain, n, where).wanted.add(n)
         for each in chain:
@@ -521,8 +526,10 @@ class Recipe:
             spec,
             overrides,
             driver,
+            before.scheduled,
             data=data,
             horizon=horizon,
+            version=spec.version,
             init={"from": before.stage.identity, "at": at, "carry": "all"},
             skip=edit.skip,
             stream=None if other else stream,
@@ -534,10 +541,22 @@ class Recipe:
             until = at + -(-left // batch)
         before.until = at
         return Trained(
-            spec, driver, overrides, stage, at, until, horizon, data, consumed, batch, before.scheduled, stream
+            spec,
+            driver,
+            overrides,
+            stage,
+            at,
+            until,
+            horizon,
+            data,
+            consumed,
+            batch,
+            before.scheduled,
+            stream,
+            edit.skip,
         )
 
-    def _frozen(self, spec, overrides: dict, driver: ModuleType, **settings) -> Stage:
+    def _frozen(self, spec, overrides: dict, driver: ModuleType, scheduled: int | None, **settings) -> Stage:
         identity = self._add(
             spec.kind,
             engine=spec.engine,
@@ -548,6 +567,7 @@ class Recipe:
             peft=getattr(spec, "peft", None),
             overrides={k: v for k, v in overrides.items() if not driver.outside(k)},
             tokenizer=self.tokenizer,
+            schedule_batch=scheduled if scheduled != overrides.get("train.global_batch_size") else None,
             **settings,
         )
         return self.store.load(identity)
@@ -627,8 +647,10 @@ class Recipe:
         return steps
 
     def _export(self, model: Model | Trained, at: int | None) -> str:
+        init = model.stage.payload["init"] if getattr(model.spec, "peft", None) else None
         return self._add(
             "hf_export",
+            base=init and {"trajectory": init["from"], **({"at": init["at"]} if "at" in init else {})},
             engine=model.spec.engine,
             of={"trajectory": model.stage.identity, **({"at": at} if at else {})},
             tokenizer=self.tokenizer,
@@ -713,7 +735,7 @@ class Recipe:
 def _holder(chain: list[Trained], at: int, where: str) -> Trained:
     """The trajectory of a stage that state `at` belongs to. Raises NemoflowError when the stage has no such state."""
     for trained in chain:
-        if trained.start < at <= (trained.until if trained is not chain[-1] else trained.horizon):
+        if trained.start + trained.skip < at <= (trained.until if trained is not chain[-1] else trained.horizon):
             return trained
     raise NemoflowError(
         f"{where}: {at}: {chain[-1].spec.name} has states from {chain[0].start + 1} to {chain[-1].horizon}"

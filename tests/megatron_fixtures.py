@@ -124,6 +124,9 @@ class Run:
         self.request = {
             "init": None,
             "start": 0,
+            "skip": 0,
+            "stream": None,
+            "schedule_batch": None,
             "wanted": [],
             "save_interval": 1000,
             "checkpoints": str(directory / "checkpoints"),

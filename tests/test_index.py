@@ -183,14 +183,16 @@ def test_several_processes_only_read(store, tmp_path):
     assert files(place) == before
 
 
-def test_samples_must_be_those_between_the_checkpoint_and_the_horizon():
-    request = {"data": {"samples": 56}, "horizon": 24, "init": {"checkpoint": "/store/iter_0000010"}}
-    fits(request, 40, 4)
-    with pytest.raises(NemoflowError, match=r"has consumed 20 samples, so 76 are left .* and the index has 56"):
-        fits(request, 20, 4)
-    fits({"data": {"samples": 96}, "horizon": 24, "init": None}, 0, 4)
-    with pytest.raises(NemoflowError, match=r"^192 are left until iteration 24 in batches of 8, and the index has 96"):
-        fits({"data": {"samples": 96}, "horizon": 24, "init": None}, 0, 8)
+def test_an_index_ends_where_the_horizon_does():
+    request = {"data": {"samples": 98}, "horizon": 24}
+    fits(request, 0, 4)
+    fits(request, 3, 4)  # after another batch size, what fills no batch is left over
+    with pytest.raises(
+        NemoflowError, match=r"has 98 samples, and until iteration 24 the stage reads 94 .* batches of 4"
+    ):
+        fits(request, 4, 4)
+    with pytest.raises(NemoflowError, match=r"the stage reads 192 of them in batches of 8: the frozen stage"):
+        fits(request, -94, 8)
 
 
 def written_blend(store: Path, parts: list[tuple[str, str, int]], prefixes: int = 1) -> None:

@@ -263,13 +263,6 @@ def test_a_wrong_recipe_function_is_one_clear_error(server, data, tmp_path):
     assert "no module 'nowhere'" in run.fails(function="nowhere.config")
 
 
-def test_only_what_can_be_carried_is_asked_for(server, data, tmp_path, straight):
-    run = second_phase(server, data, tmp_path, straight)
-    assert "init.carry: weights+optimizer: this engine carries" in run.fails(
-        init=run.request["init"] | {"carry": "weights+optimizer"}
-    )
-
-
 def test_a_full_disk_is_one_clear_error(server, data, tmp_path):
     small = tmp_path / "small"
     small.mkdir()

@@ -411,7 +411,7 @@ def test_a_later_phase_with_another_batch_size_stays_on_the_schedule():
         ),
         ({"at": 5, "overrides": {"model.seq_length": 9}}, "edits[0].overrides.model.seq_length: an edit changes"),
         ({"at": 5, "overrides": {"train.train_iters": 9}}, "overrides.train.train_iters: a recipe cannot set this"),
-        ({"at": 12}, "until: 10: the last of the edits begins at 12"),
+        ({"at": 12}, "until: 10: the last of the edits trains from 12 on"),
         ({"at": 0}, "edits[0].at: 0: input should be greater than 0"),
     ],
 )

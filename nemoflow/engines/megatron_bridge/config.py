@@ -8,6 +8,7 @@ import enum
 import fnmatch
 import functools
 import importlib
+import inspect
 import io
 import json
 import os
@@ -23,11 +24,14 @@ import yaml
 from megatron.bridge.data.builders import GPTSFTDatasetConfig
 from megatron.bridge.data.packing import PackedSequenceSpecs
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.model_load_save import load_model_config
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
+from transformers import AutoConfig
 
 from nemoflow import cpu
 from nemoflow.engines.megatron_bridge import REFUSED, outside, peft, reshard, tracking
@@ -159,14 +163,49 @@ def valid_samples(config: ConfigContainer) -> int:
 def _recipe(request: dict) -> ConfigContainer:
     """What the recipe function returns. An SFT has the model of the checkpoint it starts from; no hub is asked."""
     function = _function(request["function"])
+    given = {**request.get("arguments", {}), **peft.arguments(function, request)}
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise NemoflowError(f"arguments: {request['function']}: {error}") from None
     if request["kind"] == "pretrain":
-        return function()
-    if not request["init"]:
-        raise NemoflowError("init: an SFT starts from a checkpoint; give the stage an `init`")
-    model, _ = load_model_config(request["init"]["checkpoint"])
-    hub = types.SimpleNamespace(to_megatron_provider=lambda **_: model)
-    with mock.patch.object(AutoBridge, "from_hf_pretrained", return_value=hub):
-        return function(**peft.arguments(function, request))
+        asked = _hub_of(request.get("hf_config"))
+    else:
+        if not request["init"]:
+            raise NemoflowError("init: an SFT starts from a checkpoint; give the stage an `init`")
+        model, _ = load_model_config(request["init"]["checkpoint"])
+        hub = types.SimpleNamespace(to_megatron_provider=lambda **_: model)
+
+        def asked(*_, **__):
+            return hub
+
+    with mock.patch.object(AutoBridge, "from_hf_pretrained", asked):
+        return function(**given)
+
+
+def _hub_of(hf_config: dict | None):
+    """What a recipe function gets that asks the hub for a model: the one that `hf_config` describes."""
+
+    def asked(name, *_, **__):
+        if not hf_config:
+            raise NemoflowError(f"function: asks the hub for {name}; write its config.json as the recipe's hf_config")
+        return AutoBridge.from_hf_config(transformers_config(hf_config))
+
+    return asked
+
+
+def transformers_config(content: dict):
+    """The transformers configuration with this content of a config.json. Raises NemoflowError for an unknown key."""
+    settings = {k: v for k, v in content.items() if k != "model_type"}
+    try:
+        config = AutoConfig.for_model(content["model_type"], **settings)
+    except (KeyError, ValueError) as error:
+        raise NemoflowError(f"hf_config.model_type: {content.get('model_type')!r}: {error}") from None
+    known = {*type(config)().to_dict(), *inspect.signature(type(config)).parameters, *type(config).attribute_map}
+    for key in settings:
+        if key not in known and key in vars(config):  # older spellings, as in published files, are taken and dropped
+            raise NemoflowError(f"hf_config.{key}: no setting of {content['model_type']}{_hint(key, sorted(known))}")
+    return config
 
 
 def _function(name: str):
@@ -288,12 +327,28 @@ def apply_overrides(config: ConfigContainer, overrides: dict) -> None:
         owner, done = config, []
         for part in path:
             _known(owner, part, done, key)
-            owner = getattr(owner, part)
+            owner = _section(owner, part)
             done.append(part)
-            if not is_dataclass(owner):
+            if not is_dataclass(owner) and part != "env_vars":
                 raise NemoflowError(f"overrides.{key}: {'.'.join(done)} is {owner!r}, which has no settings")
+        if isinstance(owner, dict):
+            owner[name] = value
+            continue
         _known(owner, name, done, key)
         setattr(owner, name, _convert(value, owner, name, key))
+
+
+def _section(owner, name: str):
+    """The settings `owner` has under `name`: a precision given by name as its settings, and a section that the recipe
+    function leaves out, such as comm_overlap, with its defaults."""
+    if name == "mixed_precision" and isinstance(owner.mixed_precision, str):
+        owner.mixed_precision = get_mixed_precision_config(owner.mixed_precision)
+    elif name not in ("mixed_precision", "peft") and getattr(owner, name) is None:
+        options = [option for option in _options(_hints(type(owner)).get(name)) if is_dataclass(option)]
+        if len(options) == 1:
+            needed = {"tp_comm_overlap": False} if options[0] is CommOverlapConfig else {}
+            setattr(owner, name, options[0](**needed))
+    return getattr(owner, name)
 
 
 def _known(owner, name: str, done: list[str], key: str) -> None:

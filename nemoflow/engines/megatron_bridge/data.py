@@ -46,23 +46,25 @@ class Window(Dataset):
         return self.inner[(index - self.start) % len(self.inner)]
 
 
-def provider(make: Callable, consumed: int, valid_samples: int, tagged: Callable = lambda window: window) -> Callable:
+def provider(
+    make: Callable, stream: int, length: int, valid_samples: int, tagged: Callable = lambda window: window
+) -> Callable:
     """A Megatron-Bridge dataset provider that makes a stage's datasets with `make`, the provider for its configuration.
 
-    consumed        samples that the trajectory had taken before this stage: where its own stream is placed
+    stream          samples that the trajectory had taken where this stream of data began: where it is placed
+    length          samples of the stream
     valid_samples   size of the validation set, of which an evaluation reads all
     tagged          what to make of the validation set (meters.py)
     The test set is left out: nothing reads it.
     """
 
-    def provide(samples, config, tokenizer=None, pg_collection=None):
-        # samples: train, valid and test, of which the first counts from the trajectory's beginning
+    def provide(_, config, tokenizer=None, pg_collection=None):
         offered = {"tokenizer": tokenizer, "pg_collection": pg_collection}
         known = inspect.signature(make).parameters
-        wanted = [samples[0] - consumed, valid_samples, 0]
+        wanted = [length, valid_samples, 0]
         train, valid, _ = make(wanted, config, **{k: v for k, v in offered.items() if k in known})
-        if consumed:
-            train = Window(train, consumed, len(train))
+        if stream:
+            train = Window(train, stream, len(train))
         if valid is not None and valid_samples:
             valid = tagged(Window(valid, 0, valid_samples))
         return train, valid, None

@@ -62,9 +62,9 @@ def run(request: dict) -> None:
         met += 1
         print(f"nemoflow: progress: index {met} of {total}", flush=True)
 
-    make = data.provider(data.indexed(get_dataset_provider(dataset), blend, say), 0, samples["valid"])
+    make = data.provider(data.indexed(get_dataset_provider(dataset), blend, say), 0, samples["train"], samples["valid"])
     try:
-        make([samples["train"], 0, 0], dataset)
+        make(None, dataset)
     except IndexError as error:
         if "mid_level_dataset_surplus" not in str(error):
             raise

@@ -19,12 +19,13 @@ class Hooks(Callback):
 
     request         as in train.py
     reached         the iteration the run goes on after
-    consumed        samples of the trajectory before this stage
+    consumed        samples of the trajectory before this stage trains
     valid_samples   samples of one evaluation
     """
 
     def __init__(self, request: dict, reached: int, consumed: int, valid_samples: int):
         self.request, self.reached = request, reached
+        self.begins = reached == request["start"]
         self.consumed, self.valid_samples = consumed, valid_samples
         self.metrics = Path(request["metrics"])
         self.wanted = {*request["wanted"], request["stop"]}
@@ -44,9 +45,10 @@ class Hooks(Callback):
         evaluation read the whole set once, and a stage's set is its own.
         """
         state = context.state.train_state
-        if state.step != self.reached:
-            raise NemoflowError(f"the checkpoint says iteration {state.step}; {self.reached} was to be gone on from")
-        if self.reached == self.request["start"]:
+        reached = self.reached + self.request["skip"] * self.begins
+        if state.step != reached:
+            raise NemoflowError(f"the checkpoint says iteration {state.step}; {reached} was to be gone on from")
+        if self.begins:
             state.consumed_valid_samples = 0
         elif self.valid_samples:
             state.consumed_valid_samples -= state.consumed_valid_samples % self.valid_samples
@@ -100,7 +102,7 @@ def train_between(train: Callable, hooks: Hooks, watch: Watch) -> Callable:
     """
 
     def train_then_return(forward, model, optimizer, scheduler, train_data, valid_data, state, *rest, **options):
-        if state.train_state.do_valid and state.train_state.step == hooks.request["start"]:
+        if state.train_state.do_valid and hooks.begins:
             evaluate_and_print_results(
                 state,
                 f"iteration {state.train_state.step}",

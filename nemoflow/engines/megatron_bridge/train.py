@@ -4,23 +4,39 @@ On GPUs started by torchrun or srun, one process per GPU; on a machine without a
 
 The request (every path absolute):
     kind            "pretrain" or "sft"
-    function        dotted name of a recipe function of Megatron-Bridge
+    function        dotted name of a recipe function of Megatron-Bridge, and its keyword `arguments`
+    hf_config       null, or the content of a Hugging Face config.json: the model of functions that ask the hub for one
     overrides       {"section.key": value}
     tokenizer       directory of a Hugging Face tokenizer
     data            pretrain: {"blend": directory, "cache": directory of its index caches (index.py), "samples": how
                     many training samples they have}; both are only read
                     sft: {"train": file, "valid": file or null, "pack_size": tokens, "pad_multiple": what the lengths
                     of sequences were padded to}, of packed parquet
-    init            null, or {"checkpoint": .../iter_0000060, "at": 60, "carry": "all" or "weights"}
+    init            null, or {"checkpoint": .../iter_0000060, "at": 60,
+                    "carry": "all", "weights+optimizer" or "weights"}
     start           iteration the stage begins after: init's `at` under carry all, else 0
+    skip            iterations after `start` that are counted, and not trained
+    stream          samples that had been consumed where the data's order began; null: where the stage begins
+    schedule_batch  global batch size by which the schedule's iterations count; null: the stage's own
     horizon, stop   iteration at which schedule and data end; iteration after which this run leaves, with a checkpoint
     wanted          iterations to keep a checkpoint of, besides every `save_interval`-th
     wanted_directory  optional: a directory whose file names are more of them, looked at after every iteration
     checkpoints     directory to save in, and to go on from
     scratch         sft: directory for what upstream might write
-    metrics         file to append {"iteration", "loss", "lr", "grad_norm", "seconds", "tokens"} and {"iteration",
-                    "valid_loss"} to, a line each; `tokens` counts those of this stage, in SFT the padding included
+    metrics         file to append {"iteration", "loss", "lr", "grad_norm", "seconds", "tokens", "tokens_per_second",
+                    "tflops_per_gpu", on GPUs "memory_gb"}, {"iteration", "valid_loss", in pretraining "valid_losses":
+                    {source: loss}} and {"iteration", "save_seconds"} to, a line each; `tokens` counts those of this
+                    stage, in SFT the padding included. Its directory gets TensorBoard's, and trackers', files
     config          file for the resolved configuration
+    keep            optional: {"last", "every"}: the newest checkpoints to keep, never fewer than two, and those of
+                    which iterations' multiples, besides the wanted ones; without it all are kept
+    guard           optional: {"spike", "patience"}: end when the loss has been above `spike` (null: never) times its
+                    running median for `patience` iterations; for a loss that is no number it ends always
+    deadline        optional: when the job is ended from outside, in seconds since the epoch
+    stop_file       optional: a path; when something is there, save and leave
+
+A run that leaves before `stop`, to be gone on with, says why in one line on stdout, starting with "nemoflow:
+unfinished: ", and exits with 0.
 
 Foreseeable failures are one line on stderr, starting with "nemoflow: error: ", and exit code 1.
 """
@@ -41,8 +57,9 @@ from nemoflow import cpu
 from nemoflow.engines.megatron_bridge import checkpoints
 from nemoflow.errors import NemoflowError
 
-CHECKS = ("runtime_config_update", "init_num_microbatches_calculator")
-"""Functions in which Megatron-Bridge checks a configuration: what they raise is a mistake in the recipe."""
+CHECKS = ("runtime_config_update", "init_num_microbatches_calculator", "_check_and_set")
+"""Functions in which Megatron checks a configuration, the last a saved schedule against today's: what they raise is a
+mistake in the recipe."""
 
 FULL_BYTES = 2**26
 """A disk with less space than this, under a checkpoint that could not be written, is full."""
@@ -124,8 +141,6 @@ def run(request: dict) -> None:
         load = complete[reached]
     else:
         load = Path(init["checkpoint"]) if init else None
-    if init and init["carry"] not in ("all", "weights"):
-        raise NemoflowError(f"init.carry: {init['carry']}: this engine carries `all` or `weights`")
     if load:
         checkpoints.check(load)
     if request.get("peft") and init:
@@ -144,7 +159,7 @@ def run(request: dict) -> None:
 
     if cpu.needed():
         cpu.patch()
-    from nemoflow.engines.megatron_bridge import config, data, loop, meters, peft, tracking, watch
+    from nemoflow.engines.megatron_bridge import carry, config, data, loop, meters, peft, tracking, watch
 
     gc.enable()
     gc.freeze()
@@ -154,38 +169,44 @@ def run(request: dict) -> None:
     if first:
         config.record(settings, Path(request["config"]))
 
-    consumed = 0
-    if request["start"]:
+    consumed, batch = 0, settings.train.global_batch_size
+    if init and init["carry"] != "weights":
         state = torch.load(Path(init["checkpoint"]) / "train_state.pt", weights_only=True)
         step = int(state["step"])
         if step != init["at"]:
             raise NemoflowError(f"{init['checkpoint']}: the checkpoint says iteration {step}, not {init['at']}")
-        consumed = int(state["consumed_train_samples"])
+        consumed = int(state["consumed_train_samples"]) if init["carry"] == "all" else 0
+    stream = consumed if request["stream"] is None else request["stream"]
+    end = consumed + (request["horizon"] - request["start"]) * batch
     sources = meters.Sources(meters.sources(Path(request["data"]["blend"])) if request["kind"] == "pretrain" else {})
     make, valid = trainer.get_dataset_provider(settings.dataset), config.valid_samples(settings)
+    length = end - stream
     if request["kind"] == "pretrain":
-        fits(request, consumed, settings.train.global_batch_size)
+        length = request["data"]["samples"]
+        fits(request, stream + length - end, batch)
         make = data.indexed(make, Path(request["data"]["blend"]), data.must_be_built)
-    make = data.provider(make, consumed, valid, sources.tagged)
+    make = data.provider(make, stream, length, valid, sources.tagged)
     trainer.get_dataset_provider = lambda _: make
-    hooks = loop.Hooks(request, reached, consumed, valid)
+    hooks = loop.Hooks(request, reached, consumed + request["skip"] * batch, valid)
+    carried = carry.Carry(request, load)
+    carried.patch()
     watching = watch.Watch(request, reached, started)
-    tracking.guard()
+    tracking.guard(reached)
     trainer.train = loop.train_between(trainer.train, hooks, watching)
-    trainer.pretrain(settings, sources.watching(forward_step), callbacks=[watching, sources, hooks])
+    trainer.pretrain(settings, sources.watching(forward_step), callbacks=[carried, watching, sources, hooks])
 
 
-def fits(request: dict, consumed: int, batch: int) -> None:
-    """Raise NemoflowError unless the index has as many samples as the stage reads: those up to its horizon that the
-    checkpoint it starts from has not `consumed`. They differ when `batch`, in samples, is not the earlier stage's.
+def fits(request: dict, spare: int, batch: int) -> None:
+    """Raise NemoflowError unless the index ends where the stage's horizon does, less what fills no `batch`, in samples.
+
+    spare: samples that the index has after the horizon.
     """
-    samples, horizon = request["data"]["samples"], request["horizon"]
-    if samples == horizon * batch - consumed:
+    if 0 <= spare < batch:
         return
-    where = f"init: {request['init']['checkpoint']}: has consumed {consumed} samples, so " if consumed else ""
+    samples = request["data"]["samples"]
     raise NemoflowError(
-        f"{where}{horizon * batch - consumed} are left until iteration {horizon} in batches of {batch}, and the index "
-        f"has {samples}; under carry: all a stage keeps the train.global_batch_size of the one it goes on from"
+        f"the index has {samples} samples, and until iteration {request['horizon']} the stage reads {samples - spare} "
+        f"of them in batches of {batch}: the frozen stage and its checkpoint do not belong together"
     )
 
 
