@@ -1,13 +1,15 @@
 """What test_long_runs.py has done in a process with Megatron, by tests/megatron_server.py."""
 
+import importlib.machinery
 import json
+import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from torch import distributed
 
-from nemoflow.engines.megatron_bridge import checkpoints
+from nemoflow.engines.megatron_bridge import checkpoints, train
 from nemoflow.engines.megatron_bridge.watch import Watch
 
 
@@ -42,3 +44,22 @@ def saved_late(directory: str) -> dict:
         "complete": list(checkpoints.states(place)),
         "saves": [json.loads(line) for line in metrics.read_text().splitlines()],
     }
+
+
+def tracked(argument: dict) -> int:
+    """Train {"request": file} with a W&B whose function `fails` does."""
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+    def called(name: str):
+        def call(*args, **options):
+            if name == argument["fails"]:
+                raise ConnectionError(f"{name}: no route to host")
+            print("wandb:", name, args[0] if args else options["name"])
+
+        return call
+
+    for name in ("init", "log", "finish"):
+        setattr(wandb, name, called(name))
+    sys.modules["wandb"] = wandb
+    return train.main([argument["request"]])

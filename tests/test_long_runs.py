@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from graph import BASE, write_demo
 from megatron_fixtures import MODEL, PRECISION, PRETRAIN, make_blend, pretrain
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemoflow import job, locks, training
 from nemoflow.engines.megatron_bridge import checkpoints, limits, tracking
@@ -254,6 +256,32 @@ def test_no_room_for_two_checkpoints_is_one_clear_error_before_training(server, 
         run.train()
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(("fails", "logged"), [("init", 0), ("log", 0), ("finish", 4)])
+def test_a_tracker_never_stops_training(server, data, tmp_path, fails, logged):
+    run = pretrain(server, data, tmp_path, horizon=2, stop=2, overrides=OVERRIDES | {"logger.wandb_project": "p"})
+    path = run.directory / "request.json"
+    path.write_text(json.dumps(run.request), encoding="utf-8")
+    _, log, _ = server.start("long_run_jobs:tracked", {"request": str(path), "fails": fails})
+    assert server.end() == 0, log.read_text()[-3000:]
+    assert list(run.digits()) == [1, 2]
+    lines = log.read_text().splitlines()
+    (warning,) = (line for line in lines if line.startswith("nemoflow: warning: "))
+    assert f"ConnectionError: {fails}: no route to host" in warning
+    assert sum(line.startswith("wandb: log {'lm loss") for line in lines) == logged, "of iterations and evaluations"
+    if fails != "init":
+        assert f"wandb: init {tmp_path.name}" in lines, "named like the trajectory"
+
+
+def test_curves_show_each_iteration_once_after_a_run_that_was_killed(server, data, tmp_path):
+    run = pretrain(server, data, tmp_path, horizon=4, stop=4, save_interval=2).train()
+    shutil.rmtree(run.checkpoint(4))  # as if killed before its save: 3 and 4 are trained again
+    run.train()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in curves.Scalars("lm loss")}
+    assert [event.step for event in curves.Scalars("lm loss")] == [1, 2, 3, 4]
+    assert losses == pytest.approx({n: digits[0] for n, digits in run.digits().items()})
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -50,13 +50,18 @@ def turn_off(config, tracker: str) -> None:
             setattr(config.logger, key, None)
 
 
-def guard() -> None:
+def guard(reached: int) -> None:
     """From now on a tracker that cannot start, or fails in a call, is warned of once and then left alone.
 
-    Megatron-Bridge starts each on its first use, in a property of GlobalState, and calls what that returns.
+    Megatron-Bridge starts each on its first use, in a property of GlobalState, and calls what that returns. TensorBoard
+    is told to forget what a run before wrote of iterations after `reached`, where this one goes on.
     """
     from megatron.bridge.training.state import GlobalState
 
+    if _installed("tensorboard"):
+        from torch.utils.tensorboard import writer
+
+        writer.SummaryWriter = functools.partial(writer.SummaryWriter, purge_step=reached + 1)
     for tracker in TRACKERS:
         name = f"{tracker}_logger"
         start = vars(GlobalState)[name].fget
