@@ -257,7 +257,6 @@ _NOT_INDEXED = {
     "dataset.pin_memory",
     "dataset.reset_attention_mask",
     "dataset.reset_position_ids",
-    "dataset.skip_getting_attention_mask_from_dataset",
     "dataset.trust_remote_code",
 }
 """Settings of the data that bear on how a sample is loaded or masked, not on which one comes when."""

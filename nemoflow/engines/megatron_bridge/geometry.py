@@ -81,6 +81,13 @@ DISPATCHERS = {
 }
 """Backend of the flex dispatcher -> the GPUs that Megatron-Bridge allows it on."""
 
+EXPERTS_ONLY = (
+    "moe_ffn_hidden_size",
+    "moe_pad_expert_input_to_capacity",
+    "moe_router_group_topk",
+)
+"""Settings of the model that Megatron-Core refuses where there are no experts."""
+
 STEP = {"fp8": 16, "mxfp8": 32, "fp4": 16}
 """What the sides of a matrix must be multiples of for Transformer Engine to multiply it in this precision."""
 
@@ -159,7 +166,7 @@ def settings(
     found |= overrides
     if kind == "pretrain":
         wrong += _same_length(overrides, found)
-    _set_precision(found, entry, overrides)
+    wrong += _set_precision(found, entry, overrides)
     _derive(found, complete=entry is not None)
     return found, notes, wrong
 
@@ -197,20 +204,23 @@ def _same_length(overrides: dict, found: dict) -> list[str]:
     return [f"overrides.dataset.seq_length: {own} differs from model.seq_length, {length}; leave it out"]
 
 
-def _set_precision(found: dict, entry: dict | None, overrides: dict) -> None:
-    """Set what a job takes from the mixed precision recipe. Changes `found`."""
-    precision, name = (entry or {}).get("precision"), None
-    if "mixed_precision" in overrides:
-        name = overrides["mixed_precision"]
-        precision = keys.table()["precisions"].get((name or "").replace("-", "_"))
-    if precision is None:
-        found["mixed_precision"] = None
-        return
-    changed = {key: value for key, value in overrides.items() if key.startswith("mixed_precision.")}
-    precision = precision | {key.partition(".")[2]: value for key, value in changed.items()}
-    found |= {f"model.{name}": precision[name] for name in keys.PRECISION if name in keys.VALUES["model"]}
-    found |= {f"mixed_precision.{name}": precision[name] for name in keys.PRECISION}
-    found["mixed_precision"] = name or "its recipe's"
+def _set_precision(found: dict, entry: dict | None, overrides: dict) -> list[str]:
+    """Set what a job takes from the mixed precision recipe. Changes `found`; returns what is wrong."""
+    precision = (entry or {}).get("precision")
+    wrong = []
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if key == "mixed_precision":
+            precision = keys.table()["precisions"].get((value or "").replace("-", "_"))
+        elif section == "mixed_precision" and precision:
+            precision = precision | {name: value}
+        elif section == "mixed_precision" and entry:
+            wrong.append(f"overrides.{key}: mixed_precision is null; name a recipe, such as bf16_mixed, before")
+    for name in keys.PRECISION if precision else ():
+        found[f"mixed_precision.{name}"] = precision[name]
+        if name in keys.VALUES["model"]:
+            found[f"model.{name}"] = precision[name]
+    return wrong
 
 
 def _derive(found: dict, complete: bool) -> None:
@@ -255,12 +265,10 @@ def _summary(known: dict, resources: dict) -> str:
     nodes, each, gpu = resources["nodes"], resources["gpus_per_node"], resources.get("gpu")
     parts = [f"{nodes} x {each} {gpu or 'GPUs'}"]
     sizes = {name: known.get(f"model.{key}") for name, key in SIZES.items()}
-    if all(sizes[name] for name in ("TP", "PP", "CP")):
-        data = nodes * each // math.prod(sizes[name] for name in ("TP", "PP", "CP"))
-        parts.append(" ".join(f"{name} {size}" for name, size in (sizes | {"DP": data}).items() if size and size > 1))
-        batch, micro = known.get("train.global_batch_size"), known.get("train.micro_batch_size")
-        if batch and micro and data:
-            parts.append(f"batch {batch} as {data} x {micro} x {batch // (data * micro)}")
+    at = _Layout(known, nodes * each, gpu, "", None)
+    parts.append(" ".join(f"{name} {size}" for name, size in (sizes | {"DP": at.data}).items() if size and size > 1))
+    if at.data and at.batch and at.micro and at.batch % (at.data * at.micro) == 0:
+        parts.append(f"batch {at.batch} as {at.data} x {at.micro} x {at.batch // (at.data * at.micro)}")
     if known.get("model.fp4"):
         parts.append(str(known.get("model.fp4_recipe")))
     elif known.get("model.fp8"):
@@ -324,7 +332,21 @@ def problems(settings: dict, world: int, gpu: str | None, kind: str, pack: int |
     sizes = list(_sizes(layout))
     if sizes:  # nothing can be divided by a size that is no size
         return sizes
-    checks = (_world, _experts, _batches, _heads, _mamba, _width, _length, _pipeline, _precision, _fsdp, _loss, _speed)
+    checks = (
+        _world,
+        _experts,
+        _batches,
+        _heads,
+        _context,
+        _mamba,
+        _width,
+        _length,
+        _pipeline,
+        _precision,
+        _fsdp,
+        _loss,
+        _speed,
+    )
     return [problem for each in checks for problem in each(layout)]
 
 
@@ -374,20 +396,22 @@ def _world(at: _Layout) -> Iterator[str]:
 
 
 def _experts(at: _Layout) -> Iterator[str]:
-    experts = at.experts
-    if at.ep and at.ep > 1 and not at["num_moe_experts"]:
-        if at["hidden_size"]:
-            yield f"model.expert_model_parallel_size: {at.ep}: the model has no experts; write 1"
-        return
-    if at.ep and at.etp and at.pp and at.experts and at.world % (at.ep * at.etp * at.pp):
+    experts, kind = at.experts, at["moe_token_dispatcher_type"]
+    if at["moe_flex_dispatcher_backend"] == "ncclep" and kind not in (None, "flex"):
+        yield "model.moe_flex_dispatcher_backend: ncclep needs model.moe_token_dispatcher_type: flex"
+    if at.ep and at.etp and at.pp and at.world % (at.ep * at.etp * at.pp):
         size = at.ep * at.etp * at.pp
-        yield (
-            f"resources: {at.world} GPUs cannot hold EP {at.ep} x ETP {at.etp} x PP {at.pp} = {size}; "
-            f"{_multiples(at.world, size)} GPUs can"
-            + (f", or EP {_divisors(at.ep, experts, at.world // at.pp)}" if at.world % at.pp == 0 else "")
-        )
-    elif at.ep and at.etp and at.pp and at.world % (at.ep * at.etp * at.pp):
-        yield f"resources: {at.world} GPUs cannot hold EP {at.ep} x ETP {at.etp} x PP {at.pp}; write EP 1 and ETP 1"
+        near = f"{_multiples(at.world, size)} GPUs can"
+        if experts and at.world % at.pp == 0:
+            near += f", or EP {_divisors(at.ep, experts, at.world // at.pp)}"
+        yield f"resources: {at.world} GPUs cannot hold EP {at.ep} x ETP {at.etp} x PP {at.pp} = {size}; {near}"
+    if at["hidden_size"] and not at["num_moe_experts"]:
+        if at.ep and at.ep > 1:
+            yield f"model.expert_model_parallel_size: {at.ep}: the model has no experts; write 1"
+        for name in EXPERTS_ONLY:
+            if at[name]:
+                yield f"model.{name}: {at[name]}: the model has no experts; leave it out"
+        return
     if at.ep and experts and experts % at.ep:
         yield (
             f"model.expert_model_parallel_size: {at.ep}: must divide the {experts} experts; "
@@ -430,13 +454,11 @@ def _dispatcher(at: _Layout) -> Iterator[str]:
                     f"model.moe_flex_dispatcher_backend: {backend} runs on {names}, not on {at.gpu}; write "
                     "model.moe_token_dispatcher_type: alltoall"
                 )
-        if at.etp and at.ep and at.etp * at.ep == 1:
+        if backend in ("deepep", "ncclep") and at.etp and at.ep and at.etp * at.ep == 1:
             yield (
-                "model.moe_token_dispatcher_type: flex needs experts on several GPUs, here EP and ETP are 1; "
-                "write alltoall"
+                f"model.moe_flex_dispatcher_backend: {backend} needs experts on several GPUs, here EP and ETP are 1; "
+                "write model.moe_token_dispatcher_type: alltoall"
             )
-    elif backend == "ncclep":
-        yield "model.moe_flex_dispatcher_backend: ncclep needs model.moe_token_dispatcher_type: flex"
     if at["moe_shared_expert_overlap"] and at["moe_shared_expert_intermediate_size"] and kind == "allgather":
         yield "model.moe_shared_expert_overlap: needs model.moe_token_dispatcher_type alltoall or flex; write false"
     factor, balancing = at["moe_expert_capacity_factor"], at["moe_router_load_balancing_type"]
@@ -513,22 +535,29 @@ def _heads(at: _Layout) -> Iterator[str]:
             f"model.tensor_model_parallel_size: {at.tp}: must divide the {groups} groups of keys and values or be a "
             f"multiple; {' or '.join(map(str, near))} is"
         )
-    if not at.cp or at.cp == 1 or heads % at.tp:
+
+
+def _context(at: _Layout) -> Iterator[str]:
+    """How keys and values travel between the pieces of a sequence."""
+    kinds = at["cp_comm_type"] or "p2p"
+    if not at.cp:
         return
-    ways = at["cp_comm_type"] or "p2p"
-    ways = ways if isinstance(ways, list) else [ways]
-    if "a2a" in ways and ((heads // at.tp) % at.cp or (groups and max(groups // at.tp, 1) % at.cp)):
-        yield (
-            f"model.cp_comm_type: a2a deals the heads of a rank over CP {at.cp}, and here a rank has {heads // at.tp} "
-            f"of {heads} heads and {max((groups or heads) // at.tp, 1)} of {groups} groups; write p2p"
-        )
+    if isinstance(kinds, list) and at.cp > 1 and at["num_layers"] and len(kinds) != at["num_layers"]:
+        yield f"model.cp_comm_type: has {len(kinds)} entries for {at['num_layers']} layers"
+    kinds = kinds if isinstance(kinds, list) else [kinds]
     levels = at["hierarchical_context_parallel_sizes"]
-    if "a2a+p2p" in ways and levels is None:
+    if "a2a+p2p" in kinds and levels is None:
         yield "model.hierarchical_context_parallel_sizes: must be given with cp_comm_type a2a+p2p: two factors of CP"
     if levels is not None and math.prod(levels) != at.cp:
         yield f"model.hierarchical_context_parallel_sizes: {levels}: their product must be CP, {at.cp}"
-    if isinstance(at["cp_comm_type"], list) and at["num_layers"] and len(ways) != at["num_layers"]:
-        yield f"model.cp_comm_type: has {len(ways)} entries for {at['num_layers']} layers"
+    heads, groups = at["num_attention_heads"], at["num_query_groups"]
+    if "a2a" in kinds and at.cp > 1 and heads and groups and at.tp and not heads % at.tp:
+        own, shared = heads // at.tp, max(groups // at.tp, 1)
+        if own % at.cp or shared % at.cp:
+            yield (
+                f"model.cp_comm_type: a2a deals the heads of a rank over CP {at.cp}, and a rank has {own} heads and "
+                f"{shared} groups; write p2p"
+            )
 
 
 def _mamba(at: _Layout) -> Iterator[str]:
@@ -613,6 +642,13 @@ def _length(at: _Layout) -> Iterator[str]:
             yield "model.calculate_per_token_loss: must be true for an SFT with context parallelism"
         if at.cp > 1 and at.known.get("ddp.average_in_collective"):
             yield "ddp.average_in_collective: must be false for an SFT with context parallelism"
+        padded = (at.known.get("dataset.dataset_kwargs") or {}).get("pad_to_max_length")
+        steady = padded and at.known.get("dataset.offline_packing_specs.pad_cu_seqlens")
+        if at["cuda_graph_impl"] in ("transformer_engine", "full_iteration") and not steady:
+            yield (
+                f"model.cuda_graph_impl: {at['cuda_graph_impl']}: packed rows differ in how many sequences they have, "
+                "and graphs need the same number always; write none"
+            )
         if at.micro and at.micro > 1:
             yield f"train.micro_batch_size: {at.micro}: packed rows are trained on one at a time; write 1"
 
@@ -686,7 +722,9 @@ def _planned(at: _Layout, plan, layers: int) -> Iterator[str]:
         stages = [[str(kind).strip().lower() for kind in stage] for stage in plan]
     flat = [kind for stage in stages for kind in stage]
     counts = {kind: flat.count(kind) for kind in flat}
-    if len(stages) % at.pp:
+    if at.pp == 1 and len(stages) > 1:
+        yield f"{key}: has {len(stages)} stages, and there is no pipeline; write null, or PP {len(stages)}"
+    elif len(stages) % at.pp:
         yield f"{key}: has {len(stages)} stages; PP {at.pp} needs {_multiples(len(stages), at.pp)}"
     elif at.vpp and at.vpp != len(stages) // at.pp:
         yield f"{key}: has {len(stages) // at.pp} stages for each rank, and VPP is {at.vpp}; leave VPP out"
@@ -786,8 +824,6 @@ def _precision(at: _Layout) -> Iterator[str]:
     )
     if gather and at.known.get("mixed_precision.fp8_recipe") == "mxfp8" and not reuse and not at.fsdp:
         yield "mixed_precision.reuse_grad_buf_for_mxfp8_param_ag: must be true with mxfp8 and fp8_param_gather"
-    if not at.known.get("mixed_precision") and at["fp8"] and not (at["bf16"] or at["fp16"]):
-        yield "model.fp8: needs model.bf16: true besides"
 
 
 def _fsdp(at: _Layout) -> Iterator[str]:
@@ -867,8 +903,9 @@ def _speed(at: _Layout) -> Iterator[str]:
     overlapped = at["moe_shared_expert_overlap"] and at["moe_shared_expert_intermediate_size"]
     if granularity == "selective" and "shared_experts" in modules and overlapped:
         yield "model.recompute_modules: shared_experts cannot be recomputed with model.moe_shared_expert_overlap"
-    if at["cpu_offloading"] and ((at.pp or 1) > 1 or granularity is not None):
-        yield "model.cpu_offloading: goes with neither pipeline parallelism nor recomputation; write false"
+    graphs = at["cuda_graph_impl"] not in (None, "none", "full_iteration")
+    if at["cpu_offloading"] and ((at.pp or 1) > 1 or granularity is not None or graphs):
+        yield "model.cpu_offloading: goes with neither pipelines, recomputation nor CUDA graphs of layers; write false"
     if at.known.get("comm_overlap.overlap_moe_expert_parallel_comm"):
         yield from _overlapped(at, granularity, method, layers, modules)
 

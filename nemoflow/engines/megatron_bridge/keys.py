@@ -161,31 +161,32 @@ def problem(key: str, value) -> str | None:
             if isinstance(value, str) and value.replace("-", "_") in known["precisions"]:
                 return None
             return f"{value!r} is no mixed precision recipe; {near(str(value), known['precisions'])}"
-        return f"is a section; set its keys, such as {section}.{next(iter(_keys(classes, known)), 'NAME')}"
+        return f"is a section; set its keys, such as {section}.{next(iter(_keys(*classes)), 'NAME')}"
     if section == "env_vars":
         good = isinstance(value, str | int | float)
         return None if good else f"{value!r} is a {type(value).__name__}; it must be text or a number"
-    return _problem(key, section, name, classes, value, known)
+    return _problem(section, name, classes, value)
 
 
-def _keys(classes: list[str], known: dict) -> dict[str, list]:
+@functools.cache
+def _keys(*classes: str) -> dict[str, list]:
     """The keys of several classes with all their types."""
     found: dict[str, list] = {}
     for cls in classes:
-        for name, kinds in known["classes"][cls].items():
+        for name, kinds in table()["classes"][cls].items():
             found[name] = found.get(name, []) + [kind for kind in kinds if kind not in found.get(name, [])]
     return found
 
 
-def _problem(key: str, done: str, rest: str, classes: list[str], value, known: dict) -> str | None:
+def _problem(done: str, rest: str, classes: list[str], value) -> str | None:
     name, _, rest = rest.partition(".")
-    keys = _keys(classes, known)
+    keys = _keys(*classes)
     if name not in keys:
         return f"no setting {name!r} in {done}; {near(name, keys, f'{done}.')}"
     if rest:
         inner = [kind["class"] for kind in keys[name] if isinstance(kind, dict) and "class" in kind]
         if inner:
-            return _problem(key, f"{done}.{name}", rest, inner, value, known)
+            return _problem(f"{done}.{name}", rest, inner, value)
         return f"{done}.{name} has no settings of its own"
     return mismatch(value, keys[name])
 
@@ -201,7 +202,7 @@ def mismatch(value, kinds: list) -> str | None:
     hint = ""
     if isinstance(value, str) and {"int", "float"} & {k for k in kinds if isinstance(k, str)} and _number(value):
         hint = f" (YAML reads {value} as text: write {float(value)!r})"
-    chosen = isinstance(value, str) and all(isinstance(kind, dict) for kind in kinds)
+    chosen = isinstance(value, str) and all(isinstance(k, dict) and {"enum", "literal"} & k.keys() for k in kinds)
     found = repr(value) if chosen else f"{value!r} is {_said(type(value).__name__, 'a value of another type')}"
     return f"{found}; it must be {right}{hint}"
 
@@ -248,7 +249,7 @@ def _said(kind, otherwise: str = "") -> str:
         case {"class": _}:
             return "set by its own keys"
         case "dtype":
-            return f"one of {', '.join(table()['dtypes'])}"
+            return f"one of {', '.join(DTYPES)}"
     names = {"bool": "true or false", "int": "an int", "float": "a float", "str": "text", "dict": "a mapping"}
     return names.get(kind, otherwise)
 
