@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from nemoflow import recipe as grammar
+from nemoflow.stages import Recipe
+from nemoflow.store import Store
 
 pytest_plugins = ["megatron_fixtures"]
 
@@ -86,3 +88,9 @@ def test_nano3_continue_is_nano3_s_sft():
     base, sft = other.stages
     assert (base.kind, sft.init.stage) == ("import", base.name)
     assert sft.model_copy(update={"init": None}) == nano3.stages[-1].model_copy(update={"init": None})
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_fits_its_gpus(name, tmp_path):
+    recipe = Recipe(name, [RECIPES], Store(tmp_path), unlocked=True)
+    assert [problem for trained in recipe.trajectories() for problem in recipe.geometry(trained)[1]] == []
