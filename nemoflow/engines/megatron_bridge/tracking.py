@@ -6,6 +6,7 @@ training: one that is not installed, cannot be reached or fails later costs a wa
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 WARNING = "nemoflow: warning: "
@@ -16,6 +17,9 @@ TRACKERS = {
     "comet": ("comet_ml", "comet_project", "comet_experiment_name"),
 }
 """Tracker -> its module, the setting in `logger` that turns it on, and the one with the run's name."""
+
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Environment, unless it is set: with MLflow's defaults all GPUs wait four minutes for a server that is not there."""
 
 
 def place(config, directory: Path) -> None:
@@ -38,6 +42,9 @@ def place(config, directory: Path) -> None:
             continue
         if _installed(module):
             setattr(logger, name, getattr(logger, name) or directory.name)
+            # All runs of a trajectory are one run of W&B's, whose ids have 64 characters at most
+            for key, value in (PATIENCE | {"WANDB_RUN_ID": directory.name[-64:], "WANDB_RESUME": "allow"}).items():
+                os.environ.setdefault(key, value)
         else:
             warn(f"{tracker}: logger.{switch} asks for it, and {module} is not installed: training goes on without it")
             turn_off(config, tracker)
