@@ -108,6 +108,10 @@ def _export(payload: dict, look: Callable) -> str:
     return _state(payload["of"], look)
 
 
+def _eval(payload: dict, look: Callable) -> str:
+    return f"{slug(payload['task']['name'])}-{_export(look(payload['of']), look)}"
+
+
 KINDS: dict[str, Kind] = {
     "source": Kind(_source, {"seed": 0, "args": {}}),
     "tokenizer": Kind(_tokenizer, {"chat_template": "chatml"}, algorithm=2),
@@ -144,6 +148,7 @@ KINDS: dict[str, Kind] = {
     "sft": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "skip": 0}),
     "rl": Kind(_rl, {"version": 1, "overrides": {}}),
     "hf_export": Kind(_export, {"dtype": "bfloat16"}),
+    "eval": Kind(_eval, {"fewshot": None, "limit": None, "chat": False}),
 }
 
 
@@ -209,4 +214,7 @@ def inputs(payload: dict) -> list[Ref]:
             found = [Ref("state", of["trajectory"], of.get("at")), Ref("tokenizer", payload["tokenizer"])]
             base = payload.get("base")
             return [*found, Ref("base", base["trajectory"], base.get("at"))] if base else found
+        case "eval":
+            data = payload["data"]
+            return [Ref("model", payload["of"]), *(Ref("sources", data[split]) for split in sorted(data))]
     raise ValueError(f"no such kind: {payload['kind']}")

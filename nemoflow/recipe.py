@@ -444,6 +444,27 @@ class Export(Model):
     """Type of the exported weights."""
 
 
+class Eval(Model):
+    """A task that an export is evaluated with, by lm-evaluation-harness."""
+
+    task: str
+    """A task of lm-eval's, or a file in config/tasks in its format, whose text is identity."""
+    data: Annotated[dict[str, Name], Field(min_length=1)]
+    """Split of the task's dataset -> source with its rows. Takes the place of the dataset that the task names."""
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; by default what the task says."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Only the first questions, this many."""
+    chat: bool = False
+    """Ask in the export's chat template."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What runs the model: transformers or vLLM. Not part of the identity."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Questions asked at once. Not part of the identity."""
+    arguments: dict[Name, Any] = {}
+    """Arguments of the backend that say where it computes, such as tensor_parallel_size. Not part of the identity."""
+
+
 class Recipe(Model):
     """A model's whole training, from sources to the Hugging Face checkpoint."""
 
@@ -471,6 +492,8 @@ class Recipe(Model):
     """Data made for its own sake: data/RECIPE@NAME."""
     stages: Annotated[list[Stage], Field(min_length=1)]
     export: Export = Export()
+    eval: dict[Name, Eval] = {}
+    """What exports are evaluated with: eval/RECIPE[@STAGE][:N]."""
 
 
 class Blend(Model):

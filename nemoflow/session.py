@@ -268,11 +268,11 @@ def _titles(recipe: Recipe) -> dict[str, str]:
                 titles.setdefault(data.payload["data"], f"blend of {recipe.name}@{name}")
             titles.setdefault(trained.data, f"data of {recipe.name}@{name}")
             for at in trained.wanted:
-                titles[recipe.view("hf_export", name, at)[""].stage.identity] = f"hf_export of {recipe.name}@{name}"
+                titles |= _derived(recipe, name, at)
     for name, model in recipe.models.items():
         kind = "" if name == model.spec.kind else f"{model.spec.kind} "
         titles[model.stage.identity] = f"{kind}{name} of {recipe.name}"
-        titles[recipe.view("hf_export", name)[""].stage.identity] = f"hf_export of {recipe.name}@{name}"
+        titles |= _derived(recipe, name, None)
         if isinstance(model.spec, grammar.Import):
             titles.setdefault(model.stage.payload["model"], f"source of {recipe.name}@{name}")
     for name, identity in recipe.datasets.items():
@@ -286,6 +286,15 @@ def _titles(recipe: Recipe) -> dict[str, str]:
             titles.setdefault(
                 part.identity, f"shards of {name}" + (f", job {number} of {len(parts)}" if len(parts) > 1 else "")
             )
+    return titles
+
+
+def _derived(recipe: Recipe, stage: str, at: int | None) -> dict[str, str]:
+    """Titles of what is made of a stage's state: its export, and the evaluations of that."""
+    titles = {recipe.view("hf_export", stage, at)[""].stage.identity: f"hf_export of {recipe.name}@{stage}"}
+    if recipe.evals:
+        for name, target in recipe.view("eval", stage, at).items():
+            titles[target.stage.identity] = f"eval {name} of {recipe.name}@{stage}"
     return titles
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nemoflow import kinds
+from nemoflow import evaluation, kinds
 from nemoflow import recipe as grammar
 from nemoflow.data import plan
 from nemoflow.data.generate import arguments, check_arguments
 from nemoflow.engines import engine, refuse
 from nemoflow.errors import NemoflowError, NotLocked
+from nemoflow.evaluation import tasks
 from nemoflow.locks import LockedSource, Locks
 from nemoflow.store import Stage, Store
 
@@ -28,7 +29,7 @@ PREFIX_TOKENS = 250_000_000_000
 """Tokens behind one prefix: Megatron numbers the documents of a prefix in 32 bits, and each prefix costs at every
 sample."""
 
-VIEWS = ("tokenizer", "data", "import", "average", "pretrain", "sft", "rl", "hf_export", "seal")
+VIEWS = ("tokenizer", "data", "import", "average", "pretrain", "sft", "rl", "hf_export", "eval", "seal")
 """Kinds of name: KIND/RECIPE[@STAGE][:N]."""
 
 EDITABLE = ("optimizer", "train")
@@ -167,6 +168,8 @@ class Recipe:
                     f"{self.file}: datasets.{key}: a stage has this name; data/{name}@{key} is its data"
                 )
             self.datasets[key] = self._data(data, f"datasets.{key}")
+        self.evals = {key: self._eval(key, spec, directories) for key, spec in self.spec.eval.items()}
+        """Settings of the evaluations, less the export they are of, by name."""
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -404,7 +407,7 @@ class Recipe:
 
     def _import(self, spec: grammar.Import, driver: ModuleType) -> Model:
         payload, paths = self._pinned(
-            spec.name,
+            f"models.{spec.name}",
             lambda: self.locks.model(spec, self.file),
             ({"model": {"repo": spec.model}, "unlocked": spec.name}, []),
         )
@@ -657,10 +660,47 @@ class Recipe:
             dtype=self.spec.export.dtype,
         )
 
+    def _eval(self, key: str, spec: grammar.Eval, directories: list[Path]) -> dict:
+        """What defines an evaluation besides the export. Raises NemoflowError for an unknown task, a missing split."""
+        where = f"eval.{key}"
+        files = [directory.parent / "tasks" / f"{spec.task}.yaml" for directory in directories]
+        own = next((f for f in files if f.is_file()), None)
+        try:
+            if own:
+                text = own.read_text(encoding="utf-8")
+                settings = tasks.parse(text, f"task: {own}")
+                tasks.check_own(settings, f"task: {own}")
+            else:
+                text, settings = None, tasks.read(tasks.find(spec.task))
+            tasks.check(settings, spec.fewshot, spec.data)
+            evaluation.check_arguments(spec.backend, spec.arguments)
+        except NemoflowError as error:
+            raise NemoflowError(f"{self.file}: {where}.{error}") from None
+        return {
+            "task": {"name": spec.task, **({"text": text} if text else {})},
+            "data": {split: self._source(name, f"{where}.data.{split}").identity for split, name in spec.data.items()},
+            "fewshot": spec.fewshot,
+            "limit": spec.limit,
+            "chat": spec.chat,
+            "harness": evaluation.HARNESS,
+        }
+
+    def _evaluated(self, export: str, name: str) -> dict[str, Target]:
+        """The evaluations of an export, by name."""
+        if not self.evals:
+            raise NemoflowError(f"{name}: {self.file} has no section `eval`, which says what to evaluate exports with")
+        found = {}
+        for key, settings in self.evals.items():
+            identity = self._add("eval", of=export, **settings)
+            self.launch[identity] = self.spec.eval[key].model_dump(include={"backend", "batch_size", "arguments"})
+            found[key] = Target(self.store.load(identity))
+        return found
+
     # -- names -----------------------------------------------------------------------------------------------------
 
     def view(self, kind: str, stage: str | None = None, at: int | None = None) -> dict[str, Target]:
-        """What the name KIND/RECIPE[@STAGE][:N] shows: {"": target}, or for data/RECIPE a target per stage.
+        """What the name KIND/RECIPE[@STAGE][:N] shows: {"": target}; for data/RECIPE a target per stage, for eval/...
+        one per task.
 
         Raises NemoflowError for a stage or state the recipe does not have.
         """
@@ -689,6 +729,8 @@ class Recipe:
         if isinstance(model, Model):
             if at:
                 raise NemoflowError(f"{name}: stage {model.spec.name} is {model.spec.kind}, which has no states")
+            if kind == "eval":
+                return self._evaluated(self._export(model, None), name)
             return {"": Target(self.store.load(self._export(model, None)) if kind == "hf_export" else model.stage)}
         at = at or model[-1].until
         trained = _holder(model, at, name)
@@ -701,11 +743,14 @@ class Recipe:
                 )
         if kind == "hf_export":
             return {"": Target(self.store.load(self._export(trained, at)))}
+        if kind == "eval":
+            return self._evaluated(self._export(trained, at), name)
         return {"": Target(trained.stage, at, "digests.json" if kind == "seal" else None)}
 
     def _meant(self, kind: str, stage: str | None, name: str) -> Model | list[Trained]:
         """The stage that a name means: the one it says, or the last of its kind."""
-        views = {"hf_export": ("import", "average", *kinds.TRAINED), "seal": kinds.TRAINED}.get(kind, (kind,))
+        whole = ("import", "average", *kinds.TRAINED)
+        views = {"hf_export": whole, "eval": whole, "seal": kinds.TRAINED}.get(kind, (kind,))
         if stage:
             model = self.models.get(stage) or self.chains[stage]
             own = model.spec.kind if isinstance(model, Model) else model[-1].spec.kind
@@ -728,8 +773,10 @@ class Recipe:
             found += [f"{kind}/{self.name}"] if stages else []
             found += [f"{kind}/{self.name}@{stage}" for stage in stages] if len(stages) > 1 else []
             found += [f"{kind}/{self.name}@{s}:{m}" for s in stages for m in self.stages[s].spec.milestones]
-        found += [f"hf_export/{self.name}@{stage}" for stage in (*self.models, *self.stages)]
-        return [*found, f"hf_export/{self.name}"]
+        for kind in ("hf_export", *(["eval"] if self.evals else [])):
+            found += [f"{kind}/{self.name}@{stage}" for stage in (*self.models, *self.stages)]
+            found += [f"{kind}/{self.name}"]
+        return found
 
 
 def _holder(chain: list[Trained], at: int, where: str) -> Trained:

@@ -17,8 +17,12 @@ def tokens(record: dict) -> int | None:
 
 
 def result(record: dict) -> str:
-    """Loss or reward of a state, otherwise how much there is of what."""
+    """Loss or reward of a state, score of an evaluation, otherwise how much there is of what."""
     found = _measures(record)
+    if "metrics" in found:
+        metric, score = found["metric"], found["metrics"][found["metric"]]
+        error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+        return f"{metric} {score['value']:.3f}{error} of {found['samples']:,}"
     if "reward" in found:
         return f"reward {found['reward_first']:.2f} -> {found['reward']:.2f}"
     if "valid_loss" in found:

@@ -27,6 +27,7 @@ DEFAULTS = {
     "sft": {"version": 1, "overrides": {}, "arguments": {}, "skip": 0},
     "rl": {"version": 1, "overrides": {}},
     "hf_export": {"dtype": "bfloat16"},
+    "eval": {"fewshot": None, "limit": None, "chat": False},
 }
 """Entries are added here, never changed: a new meaning is a new key."""
 
