@@ -28,6 +28,9 @@ Kind = Literal["dataset", "model"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What is taken of a tokenizer; the first two must be there."""
 
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""What is taken of a model besides its weights and tokenizer."""
+
 _TRIES = 6
 """How often something is asked for again, after 1, 2, 4, ... seconds, before it is given up."""
 _BATCH = 500
@@ -233,6 +236,33 @@ def resolve_tokenizer(repo: str, commit: str) -> Resolved:
                 f"{SCHEME}{repo}: has no {needed}; give a model whose tokenizer is of the `tokenizers` kind"
             )
     return Resolved(commit, "", files)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a model's repository is part of the checkpoint: weights, configuration, tokenizer."""
+    return name.endswith(".safetensors") or name in (*MODEL_FILES, *TOKENIZER_FILES)
+
+
+def resolve_model(repo: str, commit: str) -> Resolved:
+    """The files of a model's checkpoint at a commit. Raises NemoflowError when there is none in safetensors."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo, "model", commit):
+        names = _patiently(lambda: HfApi().list_repo_files(repo, revision=commit))
+        files = _files(repo, "model", commit, sorted(name for name in names if is_model_file(name)))
+    check_model([file["path"] for file in files], f"{SCHEME}{repo}")
+    return Resolved(commit, "", files)
+
+
+def check_model(names: list[str], where: str) -> None:
+    """Raise NemoflowError, starting with `where`, unless files of these names are a model's checkpoint."""
+    for needed, there in (("config.json", "config.json" in names), ("*.safetensors", _weights(names))):
+        if not there:
+            raise NemoflowError(f"{where}: has no {needed}; a Hugging Face checkpoint in safetensors is wanted")
+
+
+def _weights(names: list[str]) -> bool:
+    return any(name.endswith(".safetensors") for name in names)
 
 
 def _files(repo: str, kind: Kind, commit: str, paths: Sequence[str]) -> list[dict]:

@@ -112,7 +112,7 @@ class Entry(_Strict):
 
 
 class Lock(_Strict):
-    """A lock file: "sources.NAME" or "tokenizer" -> what it was."""
+    """A lock file: "sources.NAME", "models.STAGE" or "tokenizer" -> what it was."""
 
     version: Literal[2] = Field(SCHEMA, alias="schema")
     entries: dict[str, Entry]
@@ -161,11 +161,17 @@ def format_of(paths: Iterable[str]) -> str:
 
 
 def _wanted(spec: grammar.Recipe) -> dict[str, Any]:
-    """What a recipe needs locked: "sources.NAME" or "tokenizer" -> what it says of it."""
+    """What a recipe needs locked: "sources.NAME", "models.STAGE" or "tokenizer" -> what it says of it."""
     wanted: dict[str, Any] = {f"sources.{n}": s for n, s in spec.sources.items() if isinstance(s, grammar.Files)}
     if isinstance(spec.tokenizer, grammar.LocalTokenizer):
         wanted["tokenizer"] = spec.tokenizer
+    wanted |= {f"models.{s.name}": _files_of(s) for s in spec.stages if isinstance(s, grammar.Import)}
     return wanted
+
+
+def _files_of(spec: grammar.Import) -> grammar.LocalTokenizer:
+    """What an import stage says of its model, in the words of the other things that are locked."""
+    return grammar.LocalTokenizer(files=spec.model, revision=spec.revision)
 
 
 def _asked(spec: Any) -> Asked:
@@ -226,10 +232,10 @@ class _Writer:
 
         try:
             asked = _asked(spec)
-            kind = "dataset" if asked.shard_size else "model"
-            known = f"{kind} {asked.model_dump_json()}"
+            what = "model" if key.startswith("models.") else "dataset" if asked.shard_size else "tokenizer"
+            known = f"{what} {asked.model_dump_json()}"
             if known not in self._entries:
-                self._entries[known] = self._resolve(asked, kind, say)
+                self._entries[known] = self._resolve(asked, what, say)
             entry = self._entries[known]
         except NemoflowError as error:
             raise NemoflowError(f"{file}: {key}: {error}") from None
@@ -238,19 +244,22 @@ class _Writer:
         say(f"{len(entry.files):,} files, {human(entry.bytes)}{cut}{commit}")
         return entry
 
-    def _resolve(self, asked: Asked, kind: hub.Kind, say: Callable[[str], None]) -> Entry:
-        entry = (self._remote if asked.files.startswith(hub.SCHEME) else self._local)(asked, kind, say)
-        if kind == "dataset":
+    def _resolve(self, asked: Asked, what: str, say: Callable[[str], None]) -> Entry:
+        entry = (self._remote if asked.files.startswith(hub.SCHEME) else self._local)(asked, what, say)
+        if what == "dataset":
             entry.format = asked.format or format_of(row[0] for row in entry.files)
             self._cut(entry, say)
         return entry
 
-    def _local(self, asked: Asked, _: str, say: Callable[[str], None]) -> Entry:
+    def _local(self, asked: Asked, what: str, say: Callable[[str], None]) -> Entry:
         pattern = asked.files
         root = Path(pattern)
         # glob.glob and not Path.glob: the pattern may be absolute
         paths = [str(p) for p in root.iterdir()] if root.is_dir() else glob.glob(pattern, recursive=True)  # noqa: PTH207
         paths = sorted(p for p in paths if Path(p).is_file())
+        if what == "model":
+            paths = [p for p in paths if hub.is_model_file(Path(p).name)]
+            hub.check_model([Path(p).name for p in paths], pattern)
         if not paths:
             raise NemoflowError(f"no file matches {pattern!r} (from {Path.cwd()})")
         sizes = [Path(p).stat().st_size for p in paths]
@@ -265,18 +274,20 @@ class _Writer:
         files = in_threads(row, list(zip(paths, sizes, strict=True)), threads, progress)
         return Entry(asked=asked, files=files)
 
-    def _remote(self, asked: Asked, kind: hub.Kind, say: Callable[[str], None]) -> Entry:
-        repo = hub.repository(asked.files)
+    def _remote(self, asked: Asked, what: str, say: Callable[[str], None]) -> Entry:
+        repo, kind = hub.repository(asked.files), "dataset" if what == "dataset" else "model"
         say(", ".join(filter(None, (asked.files, asked.config, asked.split, asked.revision))))
         branch = (kind, repo, asked.revision)
         if branch not in self._commits:
             self._commits[branch] = hub.commit(repo, asked.revision, kind)
         commit = self._commits[branch]
-        found = (
-            hub.resolve(repo, asked.config, asked.split, commit)
-            if kind == "dataset"
-            else hub.resolve_tokenizer(repo, commit)
-        )
+        match what:
+            case "dataset":
+                found = hub.resolve(repo, asked.config, asked.split, commit)
+            case "model":
+                found = hub.resolve_model(repo, commit)
+            case _:
+                found = hub.resolve_tokenizer(repo, commit)
         rows: list[Row] = []
         for file in found.files:
             algorithm = "sha256" if "sha256" in file else "git_sha1"
@@ -383,6 +394,18 @@ class Locks:
         if entry.commit is None:
             return {"files": _files(entry)}, self._unchanged(lock, entry)
         return {"hub": {"repo": hub.repository(spec.files), "commit": entry.commit}, "files": _files(entry)}, []
+
+    def model(self, spec: grammar.Import, recipe: Path) -> tuple[dict, list[str]]:
+        """Settings of the source that is an import stage's model, and the paths of its files here; none on the hub.
+
+        Raises NemoflowError as `source` does.
+        """
+        wanted = _files_of(spec)
+        lock, entry = self._entry(f"models.{spec.name}", wanted, recipe)
+        files = [{"path": Path(row[0]).name} | file for row, file in zip(entry.files, _files(entry), strict=True)]
+        if entry.commit is None:
+            return {"model": {}, "files": files}, self._unchanged(lock, entry)
+        return {"model": {"repo": hub.repository(wanted.files), "commit": entry.commit}, "files": files}, []
 
     def _entry(self, key: str, spec: Any, recipe: Path) -> tuple[Path, Entry]:
         try:

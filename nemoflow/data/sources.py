@@ -2,6 +2,8 @@
 
     files/00000.parquet, files/00001.parquet, ...    as downloaded, as generated, or links to local files
 
+Or a model's files under their own names, which import stages read (model.py).
+
 A *unit* is what is read at once: a whole file `(file,)`, or row groups of a Parquet file `(file, first, end)`, `end`
 excluded. Readers name a row by its origin: the path or address it came from, not the store's numbered file.
 """
@@ -77,8 +79,10 @@ def open_source(directory: Path) -> Source:
 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], threads: int) -> dict | Made:
     """Download, link or generate the source's files: see the modules download, local and generate."""
-    from nemoflow.data import download, generate, local  # each of these brings what only it needs
+    from nemoflow.data import download, generate, local, model  # each of these brings what only it needs
 
+    if "model" in payload:
+        return model.make(payload, inputs, out, progress, threads=threads)
     if "hub" in payload:
         return download.make(payload, inputs, out, progress, threads=threads)
     _empty(out)

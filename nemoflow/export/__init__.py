@@ -4,13 +4,11 @@ Here are the files around the weights; the weights themselves are converted by a
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nemoflow.conversion import converting
 from nemoflow.errors import NemoflowError
 from nemoflow.export import card, layout
 
@@ -25,8 +23,6 @@ TOKENIZER_FILES = (
 
 CHAT_END = "<|im_end|>"
 """The token that ends a turn of a chat: generation stops at it as at the end of a document."""
-
-_ERROR = "nemoflow: error: "
 
 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], lineage: list[dict]) -> dict:
@@ -46,10 +42,15 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     tokens = special_tokens(tokenizer)
     progress("converts the weights")
     base = [inputs["base"] / "checkpoint"] if "base" in inputs else []
-    _convert(payload["engine"], checkpoint, tokens, payload["dtype"], out, *base)
+    ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    about = json.dumps({"tokens": ids, "hf_config": described(lineage)})
+    converting(
+        "nemoflow.export.convert", checkpoint, payload["engine"], checkpoint, about, payload["dtype"], out, *base
+    )
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     entries = layout.weights(out)
-    layout.compare({name: tuple(e["shape"]) for name, e in entries.items()}, layout.expected(config), str(out))
+    if config["model_type"] == "nemotron_h":  # others have been compared with transformers' own
+        layout.compare({name: tuple(e["shape"]) for name, e in entries.items()}, layout.expected(config), str(out))
     if tokens["size"] > config["vocab_size"]:
         raise NemoflowError(
             f"{tokenizer}: has {tokens['size']} tokens, the model embeds {config['vocab_size']}; "
@@ -103,21 +104,7 @@ def special_tokens(tokenizer: Path) -> dict:
     }
 
 
-def _convert(engine: str, checkpoint: Path, tokens: dict, dtype: str, out: Path, *base: Path) -> None:
-    """Run convert.py. Its error for people becomes a NemoflowError; what else it says goes to this process's stderr."""
-    ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    package = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-m", "nemoflow.export.convert", engine, checkpoint, json.dumps(ids), dtype, out, *base]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    child = subprocess.run([str(c) for c in command], env=environment, stderr=subprocess.PIPE, text=True, check=False)
-    sys.stderr.write(child.stderr)
-    if child.returncode:
-        lines = [line for line in child.stderr.splitlines() if line.strip()]
-        said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
-        reason = said[-1] if said else f"the conversion failed: {lines[-1] if lines else child.returncode}"
-        raise NemoflowError(reason if said else f"{checkpoint}: {reason}")
+def described(lineage: list[dict]) -> dict | None:
+    """What the recipe, or the imported model's own config.json, says of the model; None for recipe functions alone."""
+    found = [r["payload"].get("hf_config") or r["measures"].get("hf_config") for r in lineage]
+    return next((content for content in reversed(found) if content), None)

@@ -1,4 +1,4 @@
-"""The conversion itself: python -m nemoflow.export.convert ENGINE CHECKPOINT TOKENS DTYPE OUT [BASE]
+"""The conversion itself: python -m nemoflow.export.convert ENGINE CHECKPOINT ABOUT DTYPE OUT [BASE]
 
 Writes config.json and the safetensors files into OUT. A process of its own, because it imports torch, transformers
 and, for the engine megatron_bridge, Megatron behind the device shim. ENGINE says what CHECKPOINT is: `megatron_bridge`
@@ -6,17 +6,16 @@ an iter_* directory with its run_config.yaml, `trl` a directory that transformer
 alone, BASE is that of the model beneath them; the model is written merged, and the adapters into OUT/adapter.
 """
 
-import errno
 import functools
 import json
 import math
-import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemoflow.conversion import said
 from nemoflow.errors import NemoflowError
 from nemoflow.export import adapter, layout
 from nemoflow.export import config as spelling
@@ -57,6 +56,8 @@ _ARCHITECTURE = (
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
     "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
     "share_embeddings_and_output_weights",
     "softmax_scale",
     "window_size",
@@ -93,21 +94,46 @@ def check_megatron(checkpoint: Path) -> None:
             raise NemoflowError(f"{file}: has {size} bytes where the checkpoint needs {end}; it is cut off")
 
 
-def hf_config(provider: Any, vocab_size: int, tokens: dict[str, int]) -> Any:
-    """The transformers NemotronHConfig of a Megatron provider, by the bridge's own mapping.
+def hf_config(provider: Any, vocab_size: int, tokens: dict[str, int], described: dict | None = None) -> Any:
+    """The transformers configuration of a Megatron provider.
 
-    `vocab_size` is the number of rows of the embedding, padding included; `tokens` the ids of bos, eos and pad.
+    Of a hybrid model a NemotronHConfig, by the bridge's own mapping; of another the one that `described`, the content
+    of a config.json, says. `vocab_size` is the number of rows of the embedding, padding included; `tokens` the ids of
+    bos, eos and pad.
 
-    Raises NemoflowError when the model has a setting that this architecture cannot say: the config is taken back
-    through the bridge, and must give the same model.
+    Raises NemoflowError when the model has a setting that the configuration cannot say: it is taken back through the
+    bridge, and must give the same model.
     """
     from megatron.bridge import AutoBridge
+
+    if getattr(provider, "hybrid_layer_pattern", None):
+        config = _nemotron_h(provider, vocab_size, tokens)
+    elif described:
+        from nemoflow.engines.megatron_bridge.config import transformers_config
+
+        config = transformers_config(described | tokens | {"vocab_size": vocab_size})
+    else:
+        raise NemoflowError(
+            "hf_config: what the model is called on the Hugging Face side is not known: write the recipe's hf_config"
+        )
+    back = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    for name in _ARCHITECTURE:
+        said, meant = (_plain(name, getattr(p, name, None)) for p in (provider, back))
+        if said != meant:
+            raise NemoflowError(
+                f"model.{name}: {said} cannot be said in a {config.model_type} config, which would mean {meant}; "
+                "such a model cannot be exported"
+            )
+    return config
+
+
+def _nemotron_h(provider: Any, vocab_size: int, tokens: dict[str, int]) -> Any:
     from megatron.bridge.models.nemotronh.nemotron_h_bridge import NemotronHBridge
     from transformers import NemotronHConfig
 
     mapped = NemotronHBridge.megatron_to_hf_config(provider)
     settable = set(NemotronHConfig.__dataclass_fields__) | {"hybrid_override_pattern"}
-    config = NemotronHConfig(
+    return NemotronHConfig(
         **{name: value for name, value in mapped.items() if name in settable and value is not None}
         | tokens
         | {
@@ -117,15 +143,6 @@ def hf_config(provider: Any, vocab_size: int, tokens: dict[str, int]) -> Any:
             "moe_latent_size": provider.moe_latent_size,
         }
     )
-    back = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
-    for name in _ARCHITECTURE:
-        said, meant = (_plain(name, getattr(p, name, None)) for p in (provider, back))
-        if said != meant:
-            raise NemoflowError(
-                f"model.{name}: {said} cannot be said in a NemotronH config, which would mean {meant}; "
-                "such a model cannot be exported"
-            )
-    return config
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -138,11 +155,13 @@ def _plain(name: str, value: Any) -> Any:
 def from_megatron(
     checkpoint: Path,
     tokens: dict[str, int],
+    described: dict | None = None,
     adapted: Path | None = None,
     change: Callable[[Any, list], None] | None = None,
 ) -> tuple[Any, Iterator[tuple[str, Any]]]:
     """The config and the tensors (published name, torch.Tensor) of a Megatron-Bridge iter_* directory.
 
+    `tokens` and `described` as in hf_config.
     With adapters in a checkpoint of their own, `adapted`, that describes the model, and `change` puts them into it: it
     is called with the bridge and the loaded model.
 
@@ -155,11 +174,11 @@ def from_megatron(
     provider, _ = load_model_config(str(adapted or checkpoint))
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     rows = stored["embedding.word_embeddings.weight"].global_shape[0]
-    config = hf_config(provider, rows, tokens)
+    config = hf_config(provider, rows, tokens, described)
     bridge = AutoBridge.from_hf_config(config)
     model = load_megatron_model(str(checkpoint), use_cpu_init=True, skip_temp_dist_context=True)
     # The loader takes what the model asks for and ignores the rest of the checkpoint: a layer too many, for example.
-    held = sum(math.prod(t.global_shape) for name, t in stored.items() if not name.startswith("optimizer."))
+    held = sum(math.prod(t.global_shape) for name, t in stored.items() if "optimizer." not in name)
     asked = sum(t.numel() for t in model[0].state_dict().values() if t is not None)
     if held != asked:
         raise NemoflowError(
@@ -201,13 +220,13 @@ def write(config: Any, tensors: Iterator[tuple[str, Any]], dtype: str, out: Path
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    published = spelling.published(config, dtype)
+    published = spelling.published(config, dtype) if config.model_type == "nemotron_h" else plain(config, dtype)
     kind = getattr(torch, dtype)
     found = {
         name: tensor.detach().to(torch.float32 if name.endswith(layout.ROUTER_BIAS) else kind).contiguous().clone()
         for name, tensor in tensors
     }
-    wanted = layout.expected(published)
+    wanted = layout.expected(published) if config.model_type == "nemotron_h" else shapes(config)
     layout.compare({name: tuple(tensor.shape) for name, tensor in found.items()}, wanted, "the converted model")
     plan = split_torch_state_dict_into_shards({n: found[n] for n in wanted}, max_shard_size=MAX_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
@@ -219,10 +238,33 @@ def write(config: Any, tensors: Iterator[tuple[str, Any]], dtype: str, out: Path
     (out / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
 
 
-def main(
-    engine: str, checkpoint: Path, tokens: dict[str, int], dtype: str, out: Path, base: Path | None = None
-) -> None:
-    """Convert a checkpoint; see the module. `tokens`: bos_token_id, eos_token_id and pad_token_id."""
+def plain(config: Any, dtype: str) -> dict:
+    """The content of config.json for a model that is published as transformers spells it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    content = json.loads(config.to_json_string(use_diff=False))
+    kept = {k: v for k, v in content.items() if not k.startswith("_") and k not in ("dtype", "transformers_version")}
+    return kept | {"architectures": [CLASSES[config.model_type]], "torch_dtype": dtype}
+
+
+def shapes(config: Any) -> layout.Shapes:
+    """Name -> shape of every tensor of the transformers model; one that another is tied to is not stored."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def main(engine: str, checkpoint: Path, about: dict, dtype: str, out: Path, base: Path | None = None) -> None:
+    """Convert a checkpoint; see the module.
+
+    `about`: {"tokens": {"bos_token_id", "eos_token_id", "pad_token_id"}, "hf_config": null, or what the model was
+    described by}.
+    """
+    tokens, described = about["tokens"], about["hf_config"]
     if engine == "trl":
         write(*from_transformers(checkpoint), dtype, out)
         return
@@ -238,20 +280,13 @@ def main(
         cpu.patch(training=False)
     with temporary_distributed_context(backend="gloo"):
         if base is None:
-            write(*from_megatron(checkpoint, tokens), dtype, out)
+            write(*from_megatron(checkpoint, tokens, described), dtype, out)
             return
         check_megatron(base)
         change = functools.partial(adapter.merge, checkpoint, dtype=dtype, out=out)
-        write(*from_megatron(base, tokens, checkpoint, change), dtype, out)
+        write(*from_megatron(base, tokens, described, checkpoint, change), dtype, out)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], *map(Path, sys.argv[5:]))
-    except NemoflowError as error:
-        sys.exit(f"nemoflow: error: {error}")
-    except Exception as error:
-        # safetensors reports a full disk by an error of its own, in these words
-        if os.strerror(errno.ENOSPC) not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
-            raise
-        sys.exit(f"nemoflow: error: no space left where {sys.argv[5]} is; free some and run again")
+    arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
+    said(arguments[-1], main, *arguments, *map(Path, sys.argv[6:]))

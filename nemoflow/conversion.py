@@ -1,0 +1,48 @@
+"""Conversions in a process of their own: they import torch and Megatron, which their callers need not."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemoflow.errors import NemoflowError
+
+_ERROR = "nemoflow: error: "
+
+
+def converting(module: str, about: Path, *arguments: Any) -> None:
+    """Run `python -m module arguments...`, which converts `about`.
+
+    Its error for people becomes a NemoflowError; what else it says goes to this process's stderr.
+    """
+    package = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    child = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(child.stderr)
+    if child.returncode:
+        lines = [line for line in child.stderr.splitlines() if line.strip()]
+        told = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+        last = lines[-1] if lines else child.returncode
+        raise NemoflowError(told[-1] if told else f"{about}: the conversion failed: {last}")
+
+
+def said(out: Path, main: Callable, *arguments: Any) -> None:
+    """Run a conversion's main function, which writes to `out`; foreseeable errors are one line, exit code 1."""
+    try:
+        main(*arguments)
+    except NemoflowError as error:
+        sys.exit(f"{_ERROR}{error}")
+    except Exception as error:
+        # safetensors reports a full disk by an error of its own, in these words
+        if os.strerror(errno.ENOSPC) not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
+            raise
+        sys.exit(f"{_ERROR}no space left where {out} is; free some and run again")

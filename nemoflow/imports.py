@@ -1,0 +1,103 @@
+"""Kind `import`: a Hugging Face model as a Megatron checkpoint, for other stages to start from.
+
+    checkpoint/     as Megatron-Bridge's own iter_* directories, with run_config.yaml, without an optimizer
+
+The conversion is a process of its own, python -m nemoflow.imports MODEL TOKENIZER OUT, since it needs Megatron. It
+holds the model once in memory, in the type its config.json says.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nemoflow.conversion import converting, said
+from nemoflow.data.made import Made
+from nemoflow.errors import NemoflowError
+from nemoflow.export import layout
+from nemoflow.progress import human
+
+CHECKPOINT = "checkpoint"
+
+
+def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> Made:  # noqa: ARG001 - a kind's
+    """Convert inputs["model"], a directory with config.json and *.safetensors, for inputs["tokenizer"].
+
+    Returns the measures {"parameters", "bytes" of the weight files read, "hf_config": content of config.json}, and the
+    checkpoint's files with their sizes.
+
+    Raises NemoflowError for weights that are cut off, a model Megatron-Bridge does not know, a tokenizer with more
+    tokens than the model embeds, and a disk that is too small.
+    """
+    model, entries = inputs["model"], layout.weights(inputs["model"])
+    if "backbone.embedding.weight" in entries:
+        raise NemoflowError(
+            f"{model}: has backbone.embedding.weight, as transformers 5 saves this model; published checkpoints, which "
+            "Megatron-Bridge reads, say backbone.embeddings.weight: rename it"
+        )
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if (free := shutil.disk_usage(out).free) < size:
+        raise NemoflowError(f"{out}: the checkpoint takes {human(size)} and {human(free)} are free; make room")
+    progress(f"converts {human(size)} of weights, holding them in memory once")
+    converting("nemoflow.imports", model, model, inputs["tokenizer"], out)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return Made({"parameters": layout.parameters(entries), "bytes": size, "hf_config": config}, listed(out))
+
+
+def listed(out: Path) -> list[dict]:
+    """The checkpoint's files with their sizes: too large to be read once more only for their digests."""
+    files = sorted(p for p in (out / CHECKPOINT).rglob("*") if p.is_file())
+    return [{"name": p.relative_to(out).as_posix(), "size": p.stat().st_size} for p in files]
+
+
+def save(model: list, tokenizer: Path, out: Path) -> None:
+    """Write a Megatron model as out/checkpoint."""
+    from megatron.bridge.training.model_load_save import save_megatron_model
+
+    whole = out / "saving"
+    save_megatron_model(model, whole, hf_tokenizer_path=tokenizer)
+    (found,) = whole.glob("iter_*")
+    shutil.rmtree(found / "tokenizer", ignore_errors=True)  # the tokenizer is an artifact of its own
+    found.rename(out / CHECKPOINT)
+    shutil.rmtree(whole)
+
+
+def main(model: Path, tokenizer: Path, out: Path) -> None:
+    """Convert; see the module."""
+    from nemoflow import cpu
+
+    if on_cpu := cpu.needed():
+        cpu.enable()
+    import torch
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if on_cpu:
+        cpu.patch(training=False)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(model, torch_dtype=kind)
+        provider = bridge.to_megatron_provider(load_weights=True)
+    except ValueError as error:
+        raise NemoflowError(f"{model}/config.json: Megatron-Bridge does not know this model: {error}") from None
+    if on_cpu:
+        cpu.adapt_model(provider)
+    tokens = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    known = max([*tokens["model"]["vocab"].values(), *(t["id"] for t in tokens["added_tokens"])]) + 1
+    if known > provider.vocab_size:
+        raise NemoflowError(f"{tokenizer}: has {known} tokens, the model embeds {provider.vocab_size}")
+    provider.params_dtype = provider.pipeline_dtype = kind
+    provider.bf16, provider.fp16 = kind == torch.bfloat16, False
+    provider.should_pad_vocab = False
+    with temporary_distributed_context(backend="gloo"):
+        provider.finalize()
+        model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
+        megatron = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        save(megatron, tokenizer, out)
+
+
+if __name__ == "__main__":
+    said(Path(sys.argv[3]), main, *map(Path, sys.argv[1:]))
