@@ -1,5 +1,6 @@
 # make demo   a fresh machine with Python 3.12: installs into .venv and runs the toy chain, raw text to HF checkpoint
 # make test   everything but what is slow by nature; .ci/run adds that with make test-slow
+# make bench-throughput   tokens per second beside Megatron-Bridge's own entry point
 # make bench-data   data preparation side by side with its peers; with Megatron-LM's too where MEGATRON_LM is its checkout
 
 PYTHON ?= python3.12
@@ -11,7 +12,7 @@ UV := $(BIN)/uv
 UV_INSTALL := $(UV) pip install --quiet --system-certs --compile-bytecode --python $(BIN)/python
 JOBS ?= 2
 
-.PHONY: demo install install-dev test test-slow lint format bench-data lock clean
+.PHONY: demo install install-dev test test-slow lint format bench-data bench-throughput lock clean
 
 demo: install
 	$(BIN)/snakemake hf_export/nano3-tiny
@@ -49,6 +50,9 @@ bench-data: install-dev
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.chats
 	$(BIN)/python -m benchmarks.plan
+
+bench-throughput: install
+	$(BIN)/python -m benchmarks.throughput
 
 lock: install-dev
 	$(UV) pip compile -q --system-certs --python 3.12 --no-emit-index-url --no-header envs/requirements.in -o envs/requirements.txt

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import contracts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,52 +158,10 @@ def transformer():
 
 
 def packed_logits(pattern: str) -> dict:
-    """In a fork that has Megatron: how far the logits of a real model move when one packed sequence is changed.
-
-    Returns the largest change in the changed sequence, in the others, in the others without packing, and between
-    a packed sequence and the same one alone.
-    """
-    from megatron.bridge.training.model_load_save import temporary_distributed_context
-    from megatron.core.packed_seq_params import PackedSeqParams
-
+    """In a fork that has Megatron."""
     provider = transformer() if pattern == "transformer" else hybrid(pattern)
     cpu.adapt_model(provider)
-    lengths = [20, 17, 27]
-    starts = torch.tensor([0, 20, 37, 64], dtype=torch.int32)
-    torch.manual_seed(0)
-    with temporary_distributed_context(backend="gloo"), torch.no_grad():
-        provider.finalize()
-        model = provider.provide_distributed_model(wrap_with_ddp=False)[0].eval()
-
-        def logits(ids, packed):
-            params = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=starts,
-                cu_seqlens_kv=starts,
-                max_seqlen_q=27,
-                max_seqlen_kv=27,
-                total_tokens=64,
-            )
-            positions = torch.arange(ids.shape[1])[None]
-            return model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=None,
-                packed_seq_params=params if packed else None,
-            )
-
-        row = torch.randint(0, 128, (1, 64))
-        changed = row.clone()
-        changed[0, 20:37] = (changed[0, 20:37] + 1) % 128
-        moved = (logits(row, True) - logits(changed, True)).abs().amax((0, 2))
-        leaked = (logits(row, False) - logits(changed, False)).abs().amax((0, 2))
-        alone = torch.cat([logits(part, False) for part in row.split(lengths, 1)], 1)
-        return {
-            "inside": moved[20:37].max().item(),
-            "outside": torch.cat([moved[:20], moved[37:]]).max().item(),
-            "outside_unpacked": leaked[37:].max().item(),
-            "alone": (logits(row, True) - alone).abs().max().item(),
-        }
+    return contracts.packed_logits(provider)
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*M", "transformer"])

@@ -2,13 +2,13 @@
 checkpoints that another number of processes goes on from and exports.
 """
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
+import contracts
 import pytest
 from megatron_fixtures import MODEL, PRECISION, PRETRAIN, Run, pretrain
+from world import Programs, World
 
 pytest_plugins = ["megatron_fixtures"]
 
@@ -38,57 +38,23 @@ BFLOAT = {
 }
 
 
-class World(Run):
-    """A trajectory of several processes."""
+def maker(server, data):
+    def make(directory: Path, settings: dict, processes: int, **request) -> World:
+        run = pretrain(server, data, directory, overrides=BASE | settings, **{"horizon": 12, "stop": 6} | request)
+        return World(server, directory, processes, **run.request)
 
-    def begin(self, processes: int = 2, **changes) -> tuple[int, Path]:
-        path = self.directory / "request.json"
-        path.write_text(json.dumps(self.request | changes), encoding="utf-8")
-        pid, log, _ = self.server.start("world:run", {"request": str(path), "processes": processes})
-        return pid, log
-
-    def fails(self, **changes) -> str:
-        """The line with which they refuse; each of them may say it."""
-        _, log = self.begin(**changes)
-        code, text = self.server.end(), log.read_text()
-        said = {line for line in text.splitlines() if line.startswith("nemoflow: error: ")}
-        assert code == 1, text[-3000:]
-        assert len(said) == 1, text[-3000:]
-        return said.pop()
-
-
-def world(server, data, directory: Path, settings: dict, **request) -> World:
-    run = pretrain(server, data, directory, overrides=BASE | settings, **{"horizon": 12, "stop": 6} | request)
-    return World(server, directory, **run.request)
-
-
-def continued(run: World, directory: Path, settings: dict, at: int = 3, processes: int = 2) -> World:
-    """A trajectory of its own that goes on from the state `at` of `run`."""
-    changes = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "config": "config", "scratch": "scratch"}
-    own = {name: str(directory / place) for name, place in changes.items()}
-    new = World(run.server, directory, **run.request | own | {"overrides": BASE | settings})
-    shutil.copytree(run.checkpoint(at), new.checkpoint(at))
-    return new.train(processes=processes)
-
-
-def after(run: Run, at: int) -> dict[int, tuple]:
-    return {n: d for n, d in run.digits().items() if n > at}
-
-
-def close(one: dict[int, tuple], other: dict[int, tuple]) -> bool:
-    """Whether losses and gradient norms agree but for the order of summing; the rest exactly."""
-    assert list(one) == list(other)
-    assert [(d[1], d[3]) for d in one.values()] == [(d[1], d[3]) for d in other.values()]
-    return all(
-        a[0] == pytest.approx(b[0], rel=1e-5) and a[2] == pytest.approx(b[2], rel=1e-3)
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
+    return make
 
 
 @pytest.fixture(scope="module")
-def single(server, data, tmp_path_factory) -> World:
+def make(server, data):
+    return maker(server, data)
+
+
+@pytest.fixture(scope="module")
+def single(make, tmp_path_factory) -> Run:
     """Six iterations of one process; state 3 kept."""
-    return world(server, data, tmp_path_factory.mktemp("single"), {}, wanted=[3]).train(processes=1)
+    return make(tmp_path_factory.mktemp("single"), {}, 1, wanted=[3]).train()
 
 
 @pytest.mark.parametrize(
@@ -104,13 +70,22 @@ def single(server, data, tmp_path_factory) -> World:
         pytest.param(BFLOAT | EXPERT, id="bfloat16-expert", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_go_on_with_the_same_digits(server, data, tmp_path, settings):
-    run = world(server, data, tmp_path / "straight", settings, wanted=[3]).train()
-    losses = [d[0] for d in run.digits().values()]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0] - 0.3, "it learns"
-    resumed = continued(run, tmp_path / "resumed", settings)
-    assert after(resumed, 3) == after(run, 3)
+def test_two_processes_go_on_with_the_same_digits(make, tmp_path, settings):
+    contracts.goes_on_with_the_same_digits(make, tmp_path, settings, 2)
+
+
+@pytest.mark.slow
+def test_programs_of_their_own_have_the_same_digits(make, data, tmp_path):
+    """As gpu/ runs them, where processes cannot be forked."""
+    forks = contracts.goes_on_with_the_same_digits(make, tmp_path / "forks", EXPERT, 2)
+    (tmp_path / "server").mkdir()
+    alone = maker(Programs(tmp_path / "server"), data)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"NEMOFLOW_CPU": "1", "NEMOFLOW_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        programs = contracts.goes_on_with_the_same_digits(alone, tmp_path / "programs", EXPERT, 2)
+        assert contracts.exported(programs, 6) == contracts.exported(forks, 6)
+    assert programs.digits() == forks.digits()
 
 
 @pytest.mark.parametrize(
@@ -131,14 +106,15 @@ def test_two_processes_go_on_with_the_same_digits(server, data, tmp_path, settin
         pytest.param((PLAIN, 2), (WHOLE_TENSOR | PLAIN, 2), id="plain-to-tensor", marks=pytest.mark.slow),
     ],
 )
-def test_another_geometry_goes_on_with_the_same_numbers(server, data, tmp_path, single, before, now):
-    """The numbers are those of the run that stayed as it was: weights, Adam's moments, counters and data came along."""
-    if before[1] == 1:
-        run = single
-    else:
-        run = world(server, data, tmp_path / "before", before[0], wanted=[3]).train(processes=before[1])
-    resumed = continued(run, tmp_path / "now", now[0], processes=now[1])
-    assert close(after(resumed, 3), after(run, 3))
+def test_another_geometry_goes_on_with_the_same_numbers(make, tmp_path, single, before, now):
+    run = single if before[1] == 1 else make(tmp_path / "before", *before, wanted=[3]).train()
+    contracts.goes_on_dealt_out_anew(make, run, tmp_path / "now", *now)
+
+
+@pytest.mark.slow
+def test_dispatchers_of_tokens_agree(make, tmp_path):
+    variants = {name: {"model.moe_token_dispatcher_type": name} for name in ("alltoall", "allgather")}
+    contracts.agrees(make, tmp_path, EXPERT, variants, 2)
 
 
 @pytest.mark.parametrize(
@@ -148,21 +124,12 @@ def test_another_geometry_goes_on_with_the_same_numbers(server, data, tmp_path, 
         (PLAIN, 1, "saved with ddp.use_distributed_optimizer: true"),
     ],
 )
-def test_an_optimizer_that_cannot_be_dealt_out_is_refused(single, tmp_path, settings, processes, said):
-    run = World(single.server, tmp_path, **single.request | {"checkpoints": str(tmp_path / "checkpoints")})
+def test_an_optimizer_that_cannot_be_dealt_out_is_refused(make, single, tmp_path, settings, processes, said):
+    run = make(tmp_path, settings, processes)
     shutil.copytree(single.checkpoint(3), run.checkpoint(3))
-    (tmp_path / "config").mkdir()
-    line = run.fails(processes=processes, overrides=BASE | settings, config=str(tmp_path / "config"))
+    line = run.fails()
     assert f"{run.checkpoint(3)}: saved with" in line
     assert said in line
-
-
-def exported(run: Run, at: int) -> str:
-    """The digest of the exported weights of a state."""
-    out = run.directory / f"hf-{at}"
-    if not out.exists():
-        run.server.call("world:export", {"checkpoint": str(run.checkpoint(at)), "out": str(out)})
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -174,12 +141,13 @@ def exported(run: Run, at: int) -> str:
         pytest.param(PIPELINE, True, id="pipeline", marks=pytest.mark.slow),
     ],
 )
-def test_what_two_processes_save_is_exported_to_the_byte(server, data, tmp_path, single, settings, alone):
+def test_what_two_processes_save_is_exported_to_the_byte(make, tmp_path, single, settings, alone):
     """Trained weights, loaded and saved by two processes that learn nothing, and then by one if it can."""
     still = {"optimizer.lr": 0.0, "optimizer.min_lr": 0.0, "model.moe_router_bias_update_rate": 0.0}
     init = {"checkpoint": str(single.checkpoint(6)), "at": 6, "carry": "weights"}
-    run = world(server, data, tmp_path / "run", settings | still, init=init, wanted=[1]).train(stop=1)
-    assert exported(run, 1) == exported(single, 6)
+    run = make(tmp_path / "run", settings | still, 2, init=init, wanted=[1]).train(stop=1)
+    assert contracts.exported(run, 1) == contracts.exported(single, 6)
     if alone:
-        run.train(processes=1, stop=2, overrides=BASE | still)
-        assert exported(run, 2) == exported(run, 1)
+        run.processes = 1
+        run.train(stop=2, overrides=BASE | still)
+        assert contracts.exported(run, 2) == contracts.exported(run, 1)
