@@ -78,14 +78,10 @@ class Hooks(Callback):
                 tokens=samples * config.model.seq_length,
                 **meters.rates(context, seconds, config.train.global_batch_size * config.model.seq_length),
             )
-        if done in self.wanted or self._asked_for(done):
+        if done in self.wanted or context.user_state["asked"]:
             config.checkpoint.save_interval = done
         if done == self.request["stop"]:
             config.validation.eval_interval = done
-
-    def _asked_for(self, done: int) -> bool:
-        directory = self.request.get("wanted_directory")
-        return bool(directory) and (Path(directory) / str(done)).exists()
 
     def on_eval_end(self, context) -> None:
         loss = context.total_loss_dict.get("lm loss")

@@ -31,6 +31,9 @@ STOPPED, OUT_OF_TIME = 1, 2
 class Watch(Callback):
     """The callbacks that keep a run safe. To be called before those that measure.
 
+    `context.user_state` has after each iteration, for those: "memory", the largest in bytes that a GPU has used, and
+    "asked", whether this state has come to be wanted meanwhile.
+
     request     as in train.py
     reached     the iteration the run goes on after
     started     time.time() at which this process began
@@ -83,14 +86,14 @@ class Watch(Callback):
     # -- after each iteration ----------------------------------------------------------------------------------------
 
     def on_train_step_end(self, context) -> None:
-        """Agree on whether to leave. Raises NemoflowError, without a save, when training has diverged."""
+        """Agree on whether to save and to leave. Raises NemoflowError, without a save, when training has diverged."""
         state, config = context.state.train_state, context.state.cfg
         done = state.step + 1
         self.clock.iterated()
         self.done_at[done] = time.time()
         loss = context.loss_dict.get("lm loss") if context.loss_dict else None
-        why, loss, norm, memory = self._agree(loss, None if context.skipped_iter else context.grad_norm)
-        context.user_state["memory"] = memory
+        why, asked, memory, loss, norm = self._agree(done, loss, None if context.skipped_iter else context.grad_norm)
+        context.user_state |= {"memory": memory, "asked": asked}
         if not context.skipped_iter and (what := self._judge(loss, norm)):
             raise NemoflowError(self.diverged(what, state, config))
         if why and done < min(self.request["stop"], config.train.train_iters):
@@ -107,18 +110,25 @@ class Watch(Callback):
         limit = f"{self.guard.spike:g} times its running median, {self.guard.median:.3f}"
         return f"the loss is {loss:.3f} and has been above {limit}, for {self.guard.high} iterations"
 
-    def _agree(self, loss, norm) -> tuple[int, float, float, int]:
-        """Why to leave (0: no reason), loss, gradient norm and the largest memory in bytes: the same on all ranks."""
-        why = self._why() if distributed.get_rank() == 0 else 0
+    def _agree(self, done: int, loss, norm) -> tuple[int, bool, int, float, float]:
+        """The same on all ranks: why to leave (0: no reason), whether this state is asked for, the largest memory in
+        bytes, loss and gradient norm. A file may be there for one rank and not yet for another.
+        """
+        first = distributed.get_rank() == 0
+        why, asked = (self._why(), self._asked(done)) if first else (0, False)
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         loss, norm = 0.0 if loss is None else float(loss), 0.0 if norm is None else float(norm)  # as others have them
         # A maximum of NaNs is not defined, so what is not finite travels as a number of its own
-        told = [why, memory, *(f(v) for v in (loss, norm) for f in (_finite, _code))]
+        told = [why, asked, memory, *(f(v) for v in (loss, norm) for f in (_finite, _code))]
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         told = torch.tensor(told, dtype=torch.float64, device=device)
         distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
-        why, memory, loss, lost, norm, wrong = told.tolist()
-        return int(why), _decoded(loss, lost), _decoded(norm, wrong), int(memory)
+        why, asked, memory, loss, lost, norm, wrong = told.tolist()
+        return int(why), bool(asked), int(memory), _decoded(loss, lost), _decoded(norm, wrong)
+
+    def _asked(self, done: int) -> bool:
+        directory = self.request.get("wanted_directory")
+        return bool(directory) and (Path(directory) / str(done)).exists()
 
     def _why(self) -> int:
         if self.request.get("stop_file") and Path(self.request["stop_file"]).exists():
