@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from nemoflow import cpu
 from nemoflow.engines.megatron_bridge.geometry import problems, settings
 
 NANO = "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_{}_config"
@@ -192,9 +193,11 @@ def container(case: dict):
     return config
 
 
-def groups(model, world: int) -> None:
-    """Make the process groups of rank 0, over a backend that only pretends."""
+def place(model, world: int, build: bool) -> None:
+    """Make the process groups of rank 0, over a backend that only pretends, and its part of the model if `build`."""
     from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     with mock.patch.object(sys, "excepthook", sys.excepthook):  # which torch would wrap anew each time
@@ -209,13 +212,21 @@ def groups(model, world: int) -> None:
             expert_tensor_parallel_size=model.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
+        if build:
+            cpu.adapt_model(model, world)
+            model.vocab_size, model.cpu_offloading = 512, False
+            model._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+            model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+            stage = {"vp_stage": 0} if model.virtual_pipeline_model_parallel_size else {}
+            model.provide(pre_process=True, post_process=True, **stage)
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def judge(config, world: int, gpu: str) -> None:
-    """Whatever Megatron refuses, it refuses here: as a job is configured, its groups made, its layers dealt out."""
+def judge(config, world: int, gpu: str, seen: Counter) -> None:
+    """Whatever Megatron refuses, it refuses here: as a job is configured, its groups made, its layers dealt out, and
+    for the first ones that a CPU can compute, its model built."""
     from megatron.bridge.training import config as upstream
     from megatron.bridge.training import mixed_precision
     from megatron.core.models.hybrid import hybrid_layer_allocation
@@ -234,7 +245,9 @@ def judge(config, world: int, gpu: str) -> None:
     share = config.train.micro_batch_size * config.data_parallel_size
     assert config.train.global_batch_size % share == 0, "init_num_microbatches_calculator"
     if world <= 64:  # making groups takes seconds beyond
-        groups(model, world)
+        build = seen["built"] < 30 and model.context_parallel_size == 1 and not model.fp8 and not model.fp4
+        place(model, world, build)
+        seen["built"] += build
     if getattr(model, "hybrid_layer_pattern", None):
         size, dealt = model.pipeline_model_parallel_size, []
         for rank in range(size):
@@ -256,7 +269,7 @@ def judge(config, world: int, gpu: str) -> None:
 def run(count: int) -> dict:
     """Draw `count` layouts. Raises for the first, made small, that the checker accepts and Megatron does not.
 
-    How many were accepted, and how many refused.
+    How many were accepted, how many of these built, and how many refused.
     """
     warnings.simplefilter("ignore")
     seen: Counter = Counter()
@@ -276,7 +289,18 @@ def run(count: int) -> dict:
         wrong += problems(known, case["world"], case["gpu"], case["kind"], case["pack"])
         seen["refused" if wrong else "accepted"] += 1
         if not wrong:
-            judge(container(case), case["world"], case["gpu"])
+            judge(container(case), case["world"], case["gpu"], seen)
 
     agree()
     return dict(seen)
+
+
+def sections(overrides: dict) -> dict:
+    """What settings are after `overrides`, by their keys, in a configuration whose function leaves sections out."""
+    from nemoflow.engines.megatron_bridge.config import apply_overrides, flatten, resolved
+
+    config = container({"function": QWEN.format("pretrain"), "hf": DENSE, "kind": "pretrain", "overrides": {}})
+    config.mixed_precision = "bf16_mixed"
+    apply_overrides(config, overrides)
+    found = flatten(resolved(config))
+    return {key: found[key] for key in overrides}

@@ -52,6 +52,7 @@ def test_what_the_checker_accepts_megatron_accepts(server):
     seen = server.call("geometry_cases:run", 500)
     assert seen["accepted"] > 80
     assert seen["refused"] > 80
+    assert seen["built"] == 30
 
 
 def test_published_recipes_fit_the_gpus_they_name():
@@ -118,7 +119,7 @@ def test_the_layout_in_a_line():
         (
             {PP: 8},
             64,
-            "model.pipeline_model_parallel_size: 8: must divide the 52 layers; 4 or 13 does, or put 7 times |",
+            "must divide the 52 layers; 4 or 13 does, or say where stages end by | in",
         ),
         (
             {PP: 2, "model.hybrid_layer_pattern": "MEMEM*E|MEMEM*|EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"},
@@ -261,6 +262,23 @@ def test_an_unknown_function_is_checked_as_far_as_the_recipe_goes():
     assert "6 GPUs cannot hold TP 4 x PP 1 x CP 1 = 4; 4 or 8 GPUs can" in problems[0]
     assert line.endswith("not checked: what my.config sets, which is not among the recipe functions known here")
     assert geometry("my.config", {}, resources, None, "pretrain", None)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (
+            "nemotronh.nemotron_3_nano.nemotron_3_nano_pretrian_config",
+            "did you mean 'nemotron_3_nano_pretrain_config'?",
+        ),
+        ("qwen.qwen33.qwen3_8b_pretrain_config", "did you mean 'megatron.bridge.recipes.qwen.qwen3.qwen3_8b_pretrain"),
+    ],
+)
+def test_a_misspelt_function(function, said):
+    resources = {"nodes": 1, "gpus_per_node": 8, "gpu": "h100"}
+    problem = only(geometry(f"megatron.bridge.recipes.{function}", {}, resources, None, "pretrain", None))
+    assert problem.startswith(f"function: megatron.bridge.recipes.{function}: no such recipe function")
+    assert said in problem
 
 
 def test_all_problems_at_once():

@@ -124,6 +124,18 @@ def test_every_section_can_be_set():
     )
 
 
+def test_sections_that_a_function_leaves_out_can_be_set(server):
+    overrides = {
+        "comm_overlap.tp_comm_overlap": True,
+        "env_vars.NCCL_DEBUG": "INFO",
+        "ft.simulate_fault": False,
+        "mixed_precision.fp8_recipe": "mxfp8",
+        "nvrx_straggler.enabled": True,
+        "tensor_inspect.enabled": False,
+    }
+    assert server.call("geometry_cases:sections", overrides) == overrides
+
+
 def test_every_refused_key_exists_and_has_a_reason():
     for key, reason in engine.REFUSED.items():
         assert keys.problem(key, None) is None, key

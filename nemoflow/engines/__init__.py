@@ -14,11 +14,13 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     def index_overrides(overrides) -> dict   those that the order of pretraining data depends on
     def index_command(request: Path) -> list[str]   the program that makes this order (nemoflow/data/index.py)
     def padding(overrides) -> int            what lengths of packed sequences must be multiples of (kind `sft`)
+    def geometry(function, overrides, resources, hf_config, kind, pack_size) -> tuple[str, list[str]]
+                                             the layout over the GPUs in a line, and what is impossible about it
     def command(request: Path) -> list[str]  the program that trains what the request file says (nemoflow/training.py)
     def states(checkpoints: Path) -> dict[int, Path]   complete checkpoints by iteration
 
 The index members and sequence_length are for kind `pretrain`, padding for `sft`; an engine without these kinds leaves
-them out.
+them out. geometry may be left out.
 """
 
 import difflib

@@ -130,11 +130,13 @@ def settings(
     notes: list[str] = []
     wrong: list[str] = []
     found: dict = {}
-    if entry is None:
+    if entry is None and (unknown := keys.misspelt(function)):
+        wrong.append(f"function: {function}: {unknown}")
+    elif entry is None:
         notes.append(f"what {function} sets, which is not among the recipe functions known here")
         if hf_config:
             found |= _of_hf(hf_config)
-    else:
+    if entry is not None:
         own = {key: value for key, value in entry["values"].items() if key.startswith("model.")}
         for section, classes in table["sections"].items():
             if section in keys.VALUES and section != "model":
@@ -264,8 +266,8 @@ def capability(gpu: str) -> float | None:
 def _summary(known: dict, resources: dict) -> str:
     nodes, each, gpu = resources["nodes"], resources["gpus_per_node"], resources.get("gpu")
     parts = [f"{nodes} x {each} {gpu or 'GPUs'}"]
-    sizes = {name: known.get(f"model.{key}") for name, key in SIZES.items()}
     at = _Layout(known, nodes * each, gpu, "", None)
+    sizes = {name: at[key] for name, key in SIZES.items() if at.experts or name not in ("EP", "ETP")}
     parts.append(" ".join(f"{name} {size}" for name, size in (sizes | {"DP": at.data}).items() if size and size > 1))
     if at.data and at.batch and at.micro and at.batch % (at.data * at.micro) == 0:
         parts.append(f"batch {at.batch} as {at.data} x {at.micro} x {at.batch // (at.data * at.micro)}")
@@ -782,7 +784,7 @@ def _hybrid(at: _Layout, layers: int | None) -> Iterator[str]:
     elif count % at.pp:
         yield (
             f"model.pipeline_model_parallel_size: {at.pp}: must divide the {count} layers; {_divisors(at.pp, count)} "
-            f"does, or put {at.pp - 1} times | into {key}"
+            f"does, or say where stages end by | in {key}"
         )
     counted = [name for name in ("embedding", "loss") if at[f"account_for_{name}_in_pipeline_split"]]
     for name in counted:

@@ -138,6 +138,21 @@ def function(name: str | None) -> dict | None:
     return known["functions"].get(known["aliases"].get(short, short))
 
 
+def misspelt(name: str | None) -> str | None:
+    """Why there cannot be a recipe function of this name, with the nearest; None where there is, or may be one."""
+    short, known = (name or "").removeprefix(RECIPES), table()
+    if short == name or short.partition(".")[0] not in FAMILIES:
+        return None
+    names = {*known["functions"], *known["aliases"], *known["others"]}
+    if short in names:
+        return None
+    module, _, wanted = short.rpartition(".")
+    own = {each.rpartition(".")[2] for each in names if each.rpartition(".")[0] == module}
+    if own:
+        return f"no such recipe function in {RECIPES}{module}; {near(wanted, own)}"
+    return f"no such recipe function; {near(short, names, RECIPES)}"
+
+
 def near(word: str, known, prefix: str = "") -> str:
     """A hint at the nearest of the `known` words, or at all of them."""
     close = difflib.get_close_matches(word, list(known), 1, cutoff=0.6)
@@ -269,7 +284,7 @@ def text(_=None) -> str:
     classes: dict[str, dict] = {}
     defaults: dict[str, dict] = {}
     sections, optional = _sections(classes, defaults)
-    functions, aliases = _functions(defaults)
+    functions, aliases, others = _functions(defaults)
     made = {
         "release": {name: version(name) for name in PACKAGES},
         "sections": sections,
@@ -283,6 +298,7 @@ def text(_=None) -> str:
         },
         "functions": functions,
         "aliases": aliases,
+        "others": others,
     }
     return _format(made)
 
@@ -432,14 +448,15 @@ def _plain(value):
     return value if isinstance(value, bool | int | float | str) else None
 
 
-def _functions(defaults: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str]]:
-    """The recipe functions of FAMILIES by dotted name, and the other names they go by."""
+def _functions(defaults: dict[str, dict]) -> tuple[dict[str, dict], dict[str, str], list[str]]:
+    """The recipe functions of FAMILIES by dotted name, the other names they go by, and names of what is not told."""
     import importlib
     import inspect
     import pkgutil
 
     functions: dict[str, dict] = {}
     aliases: dict[str, str] = {}
+    others: set[str] = set()
     for family in FAMILIES:
         package = importlib.import_module(RECIPES + family)
         inner = [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
@@ -450,11 +467,16 @@ def _functions(defaults: dict[str, dict]) -> tuple[dict[str, dict], dict[str, st
                     continue
                 true = f"{made.__module__}.{made.__name__}".removeprefix(RECIPES)
                 alias = f"{module.__name__}.{name}".removeprefix(RECIPES)
-                if true not in functions and (values := _values(made, defaults)):
-                    functions[true] = values
-                if alias != true and true in functions:
+                if true not in functions and true not in others:
+                    if values := _values(made, defaults):
+                        functions[true] = values
+                    else:
+                        others.add(true)
+                if true in others:
+                    others.add(alias)
+                elif alias != true:
                     aliases[alias] = true
-    return functions, aliases
+    return functions, aliases, sorted(others)
 
 
 def _values(function, defaults: dict[str, dict]) -> dict | None:
