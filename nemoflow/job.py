@@ -45,6 +45,7 @@ _PACKAGES = (
     "torch",
     "transformers",
     "trl",
+    "lm-eval",
     "tokenizers",
     "gigatoken",
     "numpy",

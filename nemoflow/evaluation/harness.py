@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,21 @@ def check_questions(task: ConfigurableTask, limit: int | None) -> int:
     count = min(limit or len(task.eval_docs), len(task.eval_docs))
     split = task.config.test_split or task.config.validation_split
     for number, doc in task.doc_iterator(limit=count):
-        with _suited(task.config.task, f"{split}, row {number + 1}", list(doc)):
-            task.doc_to_text(doc)
-            task.doc_to_target(doc)
+        with _suited(task.config.task, where := f"{split}, row {number + 1}", list(doc)):
+            said = [task.doc_to_text(doc), task.doc_to_target(doc)]
             if task.config.doc_to_choice is not None:
-                task.doc_to_choice(doc)
+                said.append(task.doc_to_choice(doc))
+        # A row that lacks a column has null there, which a template writes as None
+        empty = [column for column, value in doc.items() if value is None and _used(task, column)]
+        if empty and any(text is None or "None" in str(text) for text in said):
+            raise _unsuitable(task.config.task, where, list(doc), f"{empty[0]} is null")
     return count
+
+
+def _used(task: ConfigurableTask, column: str) -> bool:
+    """Whether a task's templates have the name of a column."""
+    templates = (task.config.doc_to_text, task.config.doc_to_target, task.config.doc_to_choice)
+    return any(re.search(rf"\b{re.escape(column)}\b", text) for text in templates if isinstance(text, str))
 
 
 @contextlib.contextmanager
@@ -116,13 +126,14 @@ def _suited(name: str, where: str, columns: list[str]) -> Iterator[None]:
         yield
     except (jinja2.UndefinedError, KeyError) as error:
         what = f"no column {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-        raise NemoflowError(
-            f"task {name} does not suit its data ({where}): {what}; the columns are {', '.join(columns)}"
-        ) from error
+        raise _unsuitable(name, where, columns, what) from error
     except Exception as error:
-        raise NemoflowError(
-            f"task {name} does not suit its data ({where}): {type(error).__name__}: {_line(error)}"
-        ) from error
+        raise _unsuitable(name, where, columns, f"{type(error).__name__}: {_line(error)}") from error
+
+
+def _unsuitable(name: str, where: str, columns: list[str], what: str) -> NemoflowError:
+    listed = ", ".join(columns)
+    return NemoflowError(f"task {name} does not suit its data ({where}): {what}; the columns are {listed}")
 
 
 def load_model(directory: Path, launch: dict) -> Any:

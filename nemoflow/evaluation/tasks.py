@@ -54,11 +54,11 @@ def find(name: str) -> Path:
         close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise NemoflowError(f"task: lm-eval has no {name!r}, and config/tasks no {name}.yaml{hint}")
-    if "group" in (settings := read(file)):
-        members = [m if isinstance(m, str) else str(m.get("task", m.get("group"))) for m in settings.get("task", [])]
-        listed = f"{', '.join(members[:5])}{', ...' if len(members) > 5 else ''}"
+    if "group" in read(file):
+        near = [task for task, other in _index(file.parent).items() if "group" not in read(other)]
+        listed = f", such as {', '.join(sorted(near)[:3])}" if near else ""
         raise NemoflowError(
-            f"task: {name!r} is a group of tasks, each with data of its own; write them one by one: {listed}"
+            f"task: {name!r} is a group of tasks, each with data of its own; write them one by one{listed}"
         )
     return file
 
