@@ -39,7 +39,6 @@ _BY_PATH = "it names data by where they lie"
 _BLEND = "write data: {blend: ...}"
 _CHATS = "write data: {chats: ..., pack_size: ...}"
 _HORIZON = "write the stage's horizon"
-_VALIDATION = "write it in the section validation"
 _RECIPE_TOKENIZER = "write the recipe's tokenizer"
 _BATCH = "how many samples an iteration has must be known in advance; change it with edits: [{at, overrides}]"
 _SAMPLES = "schedules are counted in iterations here; write the key with _iters"
@@ -120,8 +119,8 @@ REFUSED = {
     "tokenizer.tokenizer_model": _RECIPE_TOKENIZER,
     "tokenizer.tokenizer_type": _RECIPE_TOKENIZER,
     "train.decrease_batch_size_if_needed": _BATCH,
-    "train.eval_interval": _VALIDATION,
-    "train.eval_iters": _VALIDATION,
+    "train.eval_interval": "write validation.eval_interval",
+    "train.eval_iters": "write validation.eval_iters, by which the validation set is sized",
     "train.exit_interval": "write the stage's until",
     "train.iterations_to_skip": "write edits: [{at, skip}]",
     "train.num_epochs": _HORIZON,
