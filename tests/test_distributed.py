@@ -75,17 +75,15 @@ def test_two_processes_go_on_with_the_same_digits(make, tmp_path, settings):
 
 
 @pytest.mark.slow
-def test_programs_of_their_own_have_the_same_digits(make, data, tmp_path):
+def test_programs_of_their_own_have_the_same_digits(make, data, tmp_path, monkeypatch):
     """As gpu/ runs them, where processes cannot be forked."""
-    forks = contracts.goes_on_with_the_same_digits(make, tmp_path / "forks", EXPERT, 2)
+    forks = make(tmp_path / "forks", EXPERT, 2).train()
+    for name, value in {"NEMOFLOW_CPU": "1", "NEMOFLOW_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "server").mkdir()
-    alone = maker(Programs(tmp_path / "server"), data)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"NEMOFLOW_CPU": "1", "NEMOFLOW_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}.items():
-            patch.setenv(name, value)
-        programs = contracts.goes_on_with_the_same_digits(alone, tmp_path / "programs", EXPERT, 2)
-        assert contracts.exported(programs, 6) == contracts.exported(forks, 6)
+    programs = maker(Programs(tmp_path / "server"), data)(tmp_path / "programs", EXPERT, 2).train()
     assert programs.digits() == forks.digits()
+    assert contracts.exported(programs, 6) == contracts.exported(forks, 6)
 
 
 @pytest.mark.parametrize(
