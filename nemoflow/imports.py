@@ -51,8 +51,8 @@ def listed(out: Path) -> list[dict]:
     return [{"name": p.relative_to(out).as_posix(), "size": p.stat().st_size} for p in files]
 
 
-def save(model: list, tokenizer: Path, out: Path) -> None:
-    """Write a Megatron model as out/checkpoint."""
+def save(model: list, tokenizer: Path | None, out: Path) -> None:
+    """Write a Megatron model as out/checkpoint, for a Hugging Face tokenizer."""
     from megatron.bridge.training.model_load_save import save_megatron_model
 
     whole = out / "saving"
@@ -70,6 +70,7 @@ def main(model: Path, tokenizer: Path, out: Path) -> None:
     if on_cpu := cpu.needed():
         cpu.enable()
     import torch
+    import transformers
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.model_load_save import temporary_distributed_context
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -77,6 +78,10 @@ def main(model: Path, tokenizer: Path, out: Path) -> None:
     if on_cpu:
         cpu.patch(training=False)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if (called := config.get("model_type")) not in transformers.CONFIG_MAPPING:
+        raise NemoflowError(
+            f"{model}/config.json: model_type {called!r}: transformers {transformers.__version__} does not know it"
+        )
     kind = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
     try:
         bridge = AutoBridge.from_hf_pretrained(model, torch_dtype=kind)

@@ -371,6 +371,12 @@ class Recipe:
         spec, check = trained.spec, getattr(trained.engine, "geometry", None)
         if check is None:
             return "", []
+        parents: list[tuple[str | None, dict]] = []
+        before = spec
+        while before.init and before.init.stage in self.chains:
+            parent = self.chains[before.init.stage][-1]
+            before = parent.spec
+            parents.insert(0, (getattr(before, "function", None), parent.overrides))
         return check(
             getattr(spec, "function", None),
             trained.overrides,
@@ -378,6 +384,7 @@ class Recipe:
             self.spec.hf_config,
             spec.kind,
             spec.data.pack_size if isinstance(spec, grammar.Sft) else None,
+            parents,
         )
 
     def _resolve(self, spec, specs: dict[str, grammar.Stage], chain: tuple[str, ...]) -> Model | list[Trained]:

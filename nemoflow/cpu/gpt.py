@@ -2,8 +2,8 @@
 
 Transformer Engine computes the norm before a linear layer within that layer, where Megatron-Core's local layers have a
 norm of their own. Megatron-Bridge's tables for these models know the former's names only, so the layers here are made
-in its form: checkpoints, conversion and adapters then find what they look for. Written against megatron-bridge 0.6.2 and
-megatron-core 0.19.2.
+in its form: checkpoints, conversion and adapters then find what they look for. Written against megatron-bridge 0.6.2
+and megatron-core 0.19.2.
 """
 
 import megatron.bridge.models.gpt_provider as gpt_provider
