@@ -124,6 +124,17 @@ def test_the_export_loads_and_generates_in_a_process_of_its_own(demo):
     assert "newly initialized" not in printed
 
 
+def test_the_export_is_evaluated_on_its_sums(demo):
+    begun = time.monotonic()
+    run(demo.path, "snakemake", "eval/nano3-tiny")
+    print(f"\neval/nano3-tiny: {time.monotonic() - begun:.0f} s")
+    sums = json.loads((demo.path / "eval/nano3-tiny/sums/sealed.json").read_text())["measures"]
+    assert sums["samples"] == 36
+    assert sums["metrics"]["exact_match"]["value"] > 0.35  # one answer to all would be right in a sixth
+    shown = run(demo.path, "nemoflow", "show", "eval/nano3-tiny")
+    assert re.search(r"eval sums of nano3-tiny@rl +exact_match 0\.\d{3} ± 0\.\d{3} of 36", shown)
+
+
 def test_nothing_to_do_is_quick_and_says_so(demo):
     begun = time.monotonic()
     assert "Nothing to be done" in run(demo.path, "snakemake", "hf_export/nano3-tiny")

@@ -1,8 +1,10 @@
 """Evaluations: tasks and splits checked with the recipe, then asked of a small model, without a network."""
 
 import json
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +147,7 @@ def test_bad_input_is_one_line_when_the_recipe_is_read(change, message):
     [
         ("task: sums\ninclude: other.yaml\n", "include: a file in config/tasks stands alone"),
         ("task: sums\nprocess_docs: !function utils.f\n", "process_docs: !function utils.f: a file in config/tasks"),
+        ("task: sums\nmetric_list: [{metric: !function utils.f}]\n", "metric_list: !function utils.f: a file in"),
         ("test_split: test\n", "task: is missing"),
         ("- a\n", "a mapping is wanted"),
         ("task: [\n", "not YAML"),
@@ -273,6 +276,15 @@ def logprob(model: Path, asked: str, said: str) -> float:
     return float(chosen.sum())
 
 
+WORDS = """\
+task: words
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: " one"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+"""
+
 PROBLEMS = [{"question": f"What is {a} + 1?", "expected_answer": str(a + 1)} for a in range(5)]
 
 
@@ -291,11 +303,12 @@ def runs(tmp_path_factory, model) -> dict[str, dict]:
     empty = source(place / "empty", [], "jsonl")
 
     def job(name: str, task: str, data: dict[str, Path], where: Path = model, **settings) -> dict:
+        text = settings.pop("text", SUMS if task == "sums" else None)
         payload = {"fewshot": None, "limit": None, "chat": False, "harness": evaluation.HARNESS}
         launch = {"batch_size": settings.pop("batch_size", 4), "backend": settings.pop("backend", "hf")}
         return {
             "payload": payload
-            | {"task": {"name": task, **({"text": SUMS} if task == "sums" else {})}, "data": dict.fromkeys(data, "x")}
+            | {"task": {"name": task, **({"text": text} if text else {})}, "data": dict.fromkeys(data, "x")}
             | settings,
             "model": str(where),
             "sources": [str(data[split]) for split in sorted(data)],
@@ -308,8 +321,10 @@ def runs(tmp_path_factory, model) -> dict[str, dict]:
         "sums": job("sums", "sums", {"test": jsonl}, chat=True),
         "single": job("single", "sums", {"test": jsonl}, chat=True, batch_size=1),
         "swag": job("swag", "hellaswag", {"validation": swag}, limit=5),
-        "again": job("again", "hellaswag", {"validation": swag}, limit=5),
+        "words": job("words", "words", {"test": jsonl}, text=WORDS),
         "arc": job("arc", "arc_challenge", {"test": arc, "train": examples}, fewshot=2, limit=3),
+        "again": job("again", "arc_challenge", {"test": arc, "train": examples}, fewshot=2, limit=3),
+        "setting": job("setting", "words", {"test": jsonl}, gone, text=WORDS + "metrics_list: []\n"),
         "column": job("column", "sums", {"test": other}, gone),
         "row": job("row", "sums", {"test": half}, gone),
         "function": job("function", "hellaswag", {"validation": jsonl}, gone),
@@ -368,6 +383,15 @@ def test_a_task_of_the_harness_s_reads_local_files(runs, model):
     assert results["results"]["acc,none"] == measures["metrics"]["acc"]["value"]
 
 
+def test_errors_of_metrics_that_are_no_means_are_estimated(runs):
+    found = runs["words"]["said"]["measures"]["metrics"]["perplexity"]
+    logs = [sample["resps"][0][0][0] for sample in samples(runs["words"])]
+    assert found["value"] == pytest.approx(math.exp(-sum(logs) / 6))
+    # By the delta method: the error of a mean's exponential
+    spread = statistics.stdev(logs) / math.sqrt(6)
+    assert found["stderr"] == pytest.approx(found["value"] * spread, rel=0.3)
+
+
 def test_examples_come_from_their_own_split(runs):
     asked = samples(runs["arc"])
     prompt = asked[0]["arguments"][0][0]
@@ -377,7 +401,7 @@ def test_examples_come_from_their_own_split(runs):
 
 def test_two_runs_are_equal_to_the_byte(runs):
     for file in ("results.json", "samples.jsonl"):
-        assert (runs["swag"]["out"] / file).read_bytes() == (runs["again"]["out"] / file).read_bytes()
+        assert (runs["arc"]["out"] / file).read_bytes() == (runs["again"]["out"] / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -389,6 +413,7 @@ def test_two_runs_are_equal_to_the_byte(runs):
             r"task sums does not suit its data \(test, row 6\): expected_answer is null; the columns are question, ex",
         ),
         ("function", r"task hellaswag does not suit its data \(validation\): no column 'ctx_a'; the columns are"),
+        ("setting", r"task words: metrics_list: no setting of lm-eval's; did you mean metric_list\?"),
         ("mixed", r"mixed/files/00000.jsonl: a column has values of several types"),
         ("empty", r"data.test: .*empty/files/00000.jsonl: has no rows"),
         ("version", r"is defined by lm-eval 0.0.1, here is 0"),

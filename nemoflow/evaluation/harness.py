@@ -5,6 +5,9 @@ machine; here one task is built from its own file, and what is measured does not
 """
 
 import contextlib
+import dataclasses
+import difflib
+import itertools
 import logging
 import math
 import random
@@ -22,6 +25,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.config.task import TaskConfig
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -29,6 +33,9 @@ from nemoflow.data.rows import Broken, read
 from nemoflow.data.sources import Source, open_source
 from nemoflow.errors import NemoflowError
 from nemoflow.evaluation import BATCH, tasks
+
+BOOTSTRAP = 10_000
+"""Resamples from which the errors of other metrics than means are estimated: to within 1% of themselves."""
 
 _FETCHING = ("dataset_path", "dataset_name", "dataset_kwargs")
 _STRUCTURE = ("tag", "group", "task_list")
@@ -82,6 +89,12 @@ def load_task(payload: dict, sources: Mapping[str, Path]) -> ConfigurableTask:
     if (own := settings.get("fewshot_config")) and own.get("split") not in (None, *data):
         settings["fewshot_config"] = {key: value for key, value in own.items() if key != "split"}
     settings["num_fewshot"] = examples
+    known = {field.name for field in dataclasses.fields(TaskConfig)}
+    for key in settings.keys() - known:
+        close = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+        raise NemoflowError(
+            f"task {name}: {key}: no setting of lm-eval's{f'; did you mean {close[0]}?' if close else ''}"
+        )
 
     class Local(ConfigurableTask):
         def download(self, *_: Any, **__: Any) -> None:
@@ -99,9 +112,10 @@ def check_questions(task: ConfigurableTask, limit: int | None) -> int:
 
     Raises NemoflowError naming the row that lacks something.
     """
-    count = min(limit or len(task.eval_docs), len(task.eval_docs))
+    docs = task.eval_docs  # made anew by the task's own functions whenever it is asked for
+    count = min(limit or len(docs), len(docs))
     split = task.config.test_split or task.config.validation_split
-    for number, doc in task.doc_iterator(limit=count):
+    for number, doc in enumerate(itertools.islice(docs, count)):
         with _suited(task.config.task, where := f"{split}, row {number + 1}", list(doc)):
             said = [task.doc_to_text(doc), task.doc_to_target(doc)]
             if task.config.doc_to_choice is not None:
@@ -167,6 +181,7 @@ def evaluate(task: ConfigurableTask, model: Any, payload: dict) -> dict[str, Any
             lm=model,
             task_dict={"tasks": {name: task}},
             limit=payload["limit"],
+            bootstrap_iters=BOOTSTRAP,
             apply_chat_template=payload["chat"],
             fewshot_as_multiturn=True,
         )

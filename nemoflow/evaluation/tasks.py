@@ -103,9 +103,17 @@ def check_own(settings: dict[str, Any], where: str) -> None:
     if not isinstance(settings.get("task"), str):
         raise NemoflowError(f"{where}: task: is missing, the task's name")
     for key, value in settings.items():
-        if key == "include" or isinstance(value, Function):
-            what = "include" if key == "include" else f"{key}: !function {value}"
+        if key == "include" or (function := _function(value)):
+            what = "include" if key == "include" else f"{key}: !function {function}"
             raise NemoflowError(f"{where}: {what}: a file in config/tasks stands alone; write it out, or as a template")
+
+
+def _function(value: Any) -> Function | None:
+    """The first function anywhere in a setting."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(_function, inner)), None)
+    return value if isinstance(value, Function) else None
 
 
 def shots(settings: dict[str, Any], fewshot: int | None) -> int:
