@@ -25,14 +25,17 @@ def text(config: dict, measures: dict, lineage: list[dict], chat: bool) -> str:
     """
     trained = [r for r in lineage if r["kind"] in ("pretrain", "sft", "rl")]
     sources = [r for r in lineage if r["kind"] == "source"]
+    hybrid = "hybrid_override_pattern" in config
+    own = ["nemotron_h", "mamba2", "moe"] if hybrid else [config["model_type"]]
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["nemotron_h", "mamba2", "moe", *dict.fromkeys(r["kind"] for r in trained)],
+        "tags": [*own, *dict.fromkeys(r["kind"] for r in trained)],
     }
+    name = "NemotronH" if hybrid else config["architectures"][0].removesuffix("ForCausalLM")
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
-        f"# NemotronH, {_count(measures['parameters'])} parameters\n",
+        f"# {name}, {_count(measures['parameters'])} parameters\n",
         _model(config, measures),
         "## Use\n\n" + (_CHAT if chat else _TEXT),
         "## Training\n\n" + _training(trained),
@@ -57,13 +60,13 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def _model(config: dict, measures: dict) -> str:
-    pattern = config["hybrid_override_pattern"]
+    pattern = config.get("hybrid_override_pattern", "")
     names = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
     layers = ", ".join(f"{pattern.count(s)} {name}" for s, name in names.items() if s in pattern)
     rows = [
         ("parameters", f"{measures['parameters']:,}"),
         ("weights", f"{measures['dtype']}, {measures['bytes']:,} bytes"),
-        ("layers", f"{len(pattern)} (`{pattern}`): {layers}"),
+        ("layers", f"{len(pattern)} (`{pattern}`): {layers}" if pattern else config["num_hidden_layers"]),
         ("hidden size", config["hidden_size"]),
         ("vocabulary", config["vocab_size"]),
         ("sequence length", config["max_position_embeddings"]),

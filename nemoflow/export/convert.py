@@ -225,6 +225,7 @@ def write(config: Any, tensors: Iterator[tuple[str, Any]], dtype: str, out: Path
     found = {
         name: tensor.detach().to(torch.float32 if name.endswith(layout.ROUTER_BIAS) else kind).contiguous().clone()
         for name, tensor in tensors
+        if not (config.tie_word_embeddings and name == "lm_head.weight")  # the bridge has it twice then
     }
     wanted = layout.expected(published) if config.model_type == "nemotron_h" else shapes(config)
     layout.compare({name: tuple(tensor.shape) for name, tensor in found.items()}, wanted, "the converted model")
