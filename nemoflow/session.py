@@ -67,7 +67,7 @@ class Session:
         """What the name is today: {"": link text}, or for a directory of links their texts by name."""
         view, here = self.names[name], Path(name)
         depth = here.parent if "" in view else here
-        return {sub: os.path.relpath(target.shown, depth) for sub, target in view.items()}
+        return {sub: os.path.relpath(target.directory, depth) for sub, target in view.items()}
 
     # -- for rules ---------------------------------------------------------------------------------------------------
 

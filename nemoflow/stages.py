@@ -42,8 +42,8 @@ class Target:
 
     stage: Stage
     at: int | None = None
-    file: str | None = None
-    """What of the artifact is meant, if not all of it."""
+    file: str = "artifact.json"
+    """What has to be there."""
 
     @property
     def directory(self) -> Path:
@@ -51,12 +51,7 @@ class Target:
 
     @property
     def artifact(self) -> str:
-        return str(self.directory / (self.file or "artifact.json"))
-
-    @property
-    def shown(self) -> Path:
-        """What a name links to."""
-        return self.directory / self.file if self.file else self.directory
+        return str(self.directory / self.file)
 
 
 @dataclass(frozen=True)
@@ -752,7 +747,7 @@ class Recipe:
             return {"": Target(self.store.load(self._export(trained, at)))}
         if kind == "eval":
             return self._evaluated(self._export(trained, at), name)
-        return {"": Target(trained.stage, at, "digests.json" if kind == "seal" else None)}
+        return {"": Target(trained.stage, at, "digests.json" if kind == "seal" else "artifact.json")}
 
     def _meant(self, kind: str, stage: str | None, name: str) -> Model | list[Trained]:
         """The stage that a name means: the one it says, or the last of its kind."""

@@ -20,6 +20,8 @@ import pytest
 import yaml
 from graph import BASE, DATA, DEMO, STAGES, Work, copy_checkout, kill, read_until, suspended
 
+from nemoflow.store import file_digest
+
 DATA_JOBS = {"source": 4, "tokenizer": 1, "shards": 2, "merge": 2, "blend": 2, "index": 2, "chats": 1, "prompts": 1}
 CHAIN = Counter(DATA_JOBS | {"pretrain": 2, "sft": 1, "rl": 1, "name": 1})
 
@@ -814,3 +816,28 @@ def test_as_a_module_of_another_workflow(fresh: Work, tmp_path: Path):
     fresh.run("pretrain/demo@phase1")
     launch = next(fresh.path.glob("artifacts/pretrain/*/launch.json"))
     assert json.loads(launch.read_text())["title"] == "pretrain phase1 of demo"
+
+
+# -- digests -----------------------------------------------------------------------------------------------------------
+
+
+def test_seal_makes_digests_of_a_states_files(demo: Work):
+    assert demo.planned("seal/demo@phase1:10") == {"seal": 1, "name": 1}
+    demo.run("seal/demo@phase1:10")
+    shown = demo.path / "seal/demo@phase1:10"
+    found = json.loads((shown / "digests.json").read_text())
+    state = shown.resolve()
+    assert state.name == "at-10"
+    assert [f["name"] for f in found["files"]] == ["checkpoint/weights"]
+    assert found["files"][0]["blake3"] == file_digest(state / "checkpoint/weights", "blake3")
+    assert found["sealed"] == file_digest(state / "sealed.json")
+    assert demo.planned("seal/demo@phase1:10") == Counter()
+    assert demo.planned("rl/demo") == Counter(), "nothing consumes it"
+
+
+def test_seal_names_the_file_that_is_not_what_was_sealed(demo: Work):
+    weights = next(demo.path.glob("artifacts/pretrain/*/at-10/checkpoint/weights"))
+    weights.write_bytes(weights.read_bytes() + b"x")
+    message = demo.refused("seal/demo@phase1:10")
+    assert "at-10/checkpoint/weights: has" in message
+    assert "restore it, or choose another state" in message
