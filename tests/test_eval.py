@@ -383,6 +383,14 @@ def test_a_task_of_the_harness_s_reads_local_files(runs, model):
     assert results["results"]["acc,none"] == measures["metrics"]["acc"]["value"]
 
 
+def test_results_say_nothing_of_this_process(runs):
+    text = (runs["swag"]["out"] / "results.json").read_text()
+    functions = json.loads(text)["settings"]["fewshot_config"]["process_docs"]
+    assert functions == "lm_eval.tasks.hellaswag.utils.process_docs"
+    assert " at 0x" not in text
+    assert str(runs["swag"]["out"].parent) not in text
+
+
 def test_errors_of_metrics_that_are_no_means_are_estimated(runs):
     found = runs["words"]["said"]["measures"]["metrics"]["perplexity"]
     logs = [sample["resps"][0][0][0] for sample in samples(runs["words"])]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from nemoflow.errors import NemoflowError
 
@@ -88,7 +89,12 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
 
 
 def _dump(value: dict, indent: int | None = 2) -> str:
-    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, default=_text) + "\n"
+
+
+def _text(value: Any) -> str:
+    """What JSON has not, the same in every process: a function by its name, not by where it lies in memory."""
+    return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
 
 def _check(payload: dict, model: Path, launch: dict) -> None:
