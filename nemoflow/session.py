@@ -15,8 +15,12 @@ from nemoflow import canonical, kinds, summary
 from nemoflow import recipe as grammar
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
+from nemoflow.progress import human
 from nemoflow.stages import VIEWS, Recipe, Target
 from nemoflow.store import Stage, Store, dump, read_json, write_atomically
+
+LARGE = 8 * 10**9
+"""Bytes of memory worth a word in the plan."""
 
 _NAME = re.compile(rf"(?P<kind>{'|'.join(VIEWS)})/(?P<recipe>[^@:]*)(@(?P<stage>[^:]*))?(:(?P<at>.*))?")
 
@@ -144,9 +148,17 @@ class Session:
         if stage.sealed(at) is not None:
             return "finished; only its record is written again"
         if not stage.trained:
-            return "new"
+            return f"new{self._needs(stage)}"
         layout = self._layout(identity)
         return self._progress(stage, at) + (f"; {layout}" if layout else "")
+
+    def _needs(self, stage: Stage) -> str:
+        """What an export takes, where that is more than any machine has."""
+        found = [r.export_needs(stage) for r in self.recipes.values()] if stage.kind == "hf_export" else []
+        needs = next(filter(None, found), None)
+        if needs is None or needs[0] < LARGE:
+            return ""
+        return f", holds about {human(needs[0])} in memory and writes {human(needs[1])}"
 
     def _layout(self, identity: str) -> str:
         """How a training is laid out over its GPUs. Raises NemoflowError where that is impossible."""

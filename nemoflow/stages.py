@@ -365,13 +365,8 @@ class Recipe:
         """How a training is laid out over its GPUs, in a few words, and what is impossible about that."""
         spec, check = trained.spec, getattr(trained.engine, "geometry", None)
         if check is None:
-            return "", []
-        parents: list[tuple[str | None, dict]] = []
-        before = spec
-        while before.init and before.init.stage in self.chains:
-            parent = self.chains[before.init.stage][-1]
-            before = parent.spec
-            parents.insert(0, (getattr(before, "function", None), parent.overrides))
+            one = spec.resources.nodes * spec.resources.gpus_per_node == 1
+            return "", [] if one else [f"resources: engine {spec.engine} trains in one process; leave them out"]
         return check(
             getattr(spec, "function", None),
             trained.overrides,
@@ -379,8 +374,26 @@ class Recipe:
             self.spec.hf_config,
             spec.kind,
             spec.data.pack_size if isinstance(spec, grammar.Sft) else None,
-            parents,
+            self._parents(spec),
         )
+
+    def _parents(self, spec: grammar.Stage) -> list[tuple[str | None, dict]]:
+        """Recipe functions and overrides of the trained stages that one starts from, first to last."""
+        parents: list[tuple[str | None, dict]] = []
+        while spec.init and spec.init.stage in self.chains:
+            parent = self.chains[spec.init.stage][-1]
+            spec = parent.spec
+            parents.insert(0, (getattr(spec, "function", None), parent.overrides))
+        return parents
+
+    def export_needs(self, export: Stage) -> tuple[int, int] | None:
+        """Bytes of memory that an export of one of these stages holds, and of weights it writes; None if unknown."""
+        for trained in self.trajectories():
+            if trained.stage.identity == export.payload["of"]["trajectory"] and hasattr(trained.engine, "export_needs"):
+                spec, dtype = trained.spec, kinds.complete(export.payload)["dtype"]
+                known = spec.function, trained.overrides, self.spec.hf_config, spec.kind, self._parents(spec)
+                return trained.engine.export_needs(*known, dtype)
+        return None
 
     def _resolve(self, spec, specs: dict[str, grammar.Stage], chain: tuple[str, ...]) -> Model | list[Trained]:
         """A stage and those it starts from: a model, or the trajectories of a training."""

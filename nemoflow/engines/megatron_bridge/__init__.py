@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemoflow.engines.megatron_bridge import geometry as layout
-from nemoflow.engines.megatron_bridge import keys
+from nemoflow.engines.megatron_bridge import keys, size
 from nemoflow.engines.megatron_bridge.checkpoints import states
 from nemoflow.errors import NemoflowError
 
@@ -19,6 +19,7 @@ __all__ = [
     "STARTS_FROM",
     "check",
     "command",
+    "export_needs",
     "geometry",
     "index_command",
     "index_overrides",
@@ -294,6 +295,20 @@ def geometry(
     In seconds, without Megatron; see geometry.py.
     """
     return layout.check(function, overrides, resources, hf_config, kind, pack_size, parents)
+
+
+def export_needs(
+    function: str | None,
+    overrides: dict,
+    hf_config: dict | None,
+    kind: str,
+    parents: Sequence[tuple[str | None, dict]],
+    dtype: str,
+) -> tuple[int, int] | None:
+    """Bytes of memory an export holds and of weights it writes; None where the settings do not say the model's size."""
+    found, _, _ = layout.settings(function, overrides, hf_config, kind, None, parents)
+    count = size.parameters(found)
+    return None if count is None else (size.MEMORY * count * size.BYTES[dtype], count * size.BYTES[dtype])
 
 
 def outside(key: str) -> bool:

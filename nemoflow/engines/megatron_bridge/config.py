@@ -291,8 +291,8 @@ def _fit(config: ConfigContainer, request: dict) -> None:
         parent.vocab_size = rows
         _same_architecture(model, parent, request["init"]["checkpoint"])
     elif "model.vocab_size" not in overrides:
-        multiple = model.make_vocab_size_divisible_by
-        model.vocab_size = calculate_padded_vocab_size(tokens, multiple, model.tensor_model_parallel_size)
+        # Not by TP, which may change: the recipes' multiple, 128, suits all of them
+        model.vocab_size = calculate_padded_vocab_size(tokens, model.make_vocab_size_divisible_by, 1)
     if model.vocab_size < tokens:
         raise NemoflowError(f"the tokenizer has {tokens} tokens and the model {model.vocab_size} rows for them")
     config.tokenizer.use_tokenizer_vocab_size = False

@@ -58,6 +58,8 @@ def sources(blend: Path, split: str = "valid") -> dict[str, str]:
     The blend lists its sources in the order of their prefixes, and those of one source lie in one directory.
     """
     prefixes = [p for p, _ in json.loads((blend / "weights.json").read_text(encoding="utf-8")).get(split, [])]
+    if not prefixes:
+        return {}
     parts = json.loads((blend / "sealed.json").read_text(encoding="utf-8"))["measures"]["parts"]
     directories = list(dict.fromkeys(str(Path(p).parent) for p in prefixes))
     names = dict(zip(directories, (part["source"] for part in parts), strict=True))
