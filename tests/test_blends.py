@@ -68,7 +68,9 @@ def test_the_weights_follow_the_rule(name, billions):
 
 def test_the_recipe_loads_with_them():
     _, recipe = grammar.load("nano3", [CONFIG / "recipes"])
-    assert len(recipe.sources) == 23 + 12 + 1 + 2 + 1
+    read = {key for name in ("phase1", "phase2", "lc", "sft", "rl") for key in blend(f"nano3-{name}").sources}
+    assert len(read) == 23 + 1 + 12 + 1
+    assert read | blend("nano3-rl").placeholder_sources.keys() <= recipe.sources.keys()
     assert sum(map(Fraction, recipe.stages[0].data.blend.values())) == 1
     assert set(recipe.datasets["rl"].placeholders) == set(blend("nano3-rl").placeholders)
 
