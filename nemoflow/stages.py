@@ -362,12 +362,12 @@ class Recipe:
         return [trained for chain in self.chains.values() for trained in chain]
 
     def geometry(self, trained: Trained) -> tuple[str, list[str]]:
-        """How a training is laid out over its GPUs, in a few words, and what is impossible about that."""
+        """How a training is laid out over its GPUs, if several, and what is impossible about it."""
         spec, check = trained.spec, getattr(trained.engine, "geometry", None)
+        one = spec.resources.nodes * spec.resources.gpus_per_node == 1
         if check is None:
-            one = spec.resources.nodes * spec.resources.gpus_per_node == 1
             return "", [] if one else [f"resources: engine {spec.engine} trains in one process; leave them out"]
-        return check(
+        layout, problems = check(
             getattr(spec, "function", None),
             trained.overrides,
             spec.resources.model_dump(),
@@ -376,6 +376,7 @@ class Recipe:
             spec.data.pack_size if isinstance(spec, grammar.Sft) else None,
             self._parents(spec),
         )
+        return ("" if one else layout), problems
 
     def _parents(self, spec: grammar.Stage) -> list[tuple[str | None, dict]]:
         """Recipe functions and overrides of the trained stages that one starts from, first to last."""
