@@ -18,7 +18,7 @@ SCHEMA = 1
 def make(directory: Path, say: Callable[[str], None], threads: int = 1) -> Path:
     """Write digests.json into a state's directory, at-<N>; returns its path.
 
-    {"schema", "sealed": sha256 of sealed.json, "files": [{"name", "size" in bytes, "blake3"}]}
+    {"schema", "sealed": sha256 of sealed.json, "files": [{"name", "size" in bytes, "sha256"}]}
 
     Raises NemoflowError for a state that is not finished, and for a file that is missing or has another size.
     """
@@ -34,7 +34,7 @@ def make(directory: Path, say: Callable[[str], None], threads: int = 1) -> Path:
         if size != entry["size"]:
             there = "is missing" if size is None else f"has {size} bytes"
             raise NemoflowError(f"{path}: {there}, sealed with {entry['size']}; restore it, or choose another state")
-        found = {"name": entry["name"], "size": size, "blake3": file_digest(path, "blake3")}
+        found = {"name": entry["name"], "size": size, "sha256": file_digest(path)}
         meter.add(size, files=1)
         return found
 

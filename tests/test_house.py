@@ -32,3 +32,29 @@ def test_snakefile_is_a_table_of_contents():
 def test_library_imports_no_snakemake():
     for path in (BASE / "nemoflow").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) snakemake", path.read_text(), re.M), path
+
+
+def test_jobs_in_a_container_need_the_checkout_and_what_the_image_has():
+    """A NeMo image has Megatron, transformers, psutil and PyYAML, and this checkout on PYTHONPATH; none of these."""
+    lacking = (
+        "snakemake",
+        "pydantic",
+        "gigatoken",
+        "msgspec",
+        "blake3",
+        "numba",
+        "xxhash",
+        "lm_eval",
+        "matplotlib",
+        "trl",
+    )
+    programs = ("job", "training", "export", "imports", "average", "seal", "engines.megatron_bridge.train")
+    program = "\n".join(
+        [
+            "import importlib, sys",
+            f"sys.modules.update(dict.fromkeys({lacking}))",  # importing one of them is an ImportError
+            *(f"importlib.import_module('nemoflow.{name}')" for name in programs),
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=BASE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -829,7 +829,7 @@ def test_seal_makes_digests_of_a_states_files(demo: Work):
     state = shown.resolve()
     assert state.name == "at-10"
     assert [f["name"] for f in found["files"]] == ["checkpoint/weights"]
-    assert found["files"][0]["blake3"] == file_digest(state / "checkpoint/weights", "blake3")
+    assert found["files"][0]["sha256"] == file_digest(state / "checkpoint/weights")
     assert found["sealed"] == file_digest(state / "sealed.json")
     assert demo.planned("seal/demo@phase1:10") == Counter()
     assert demo.planned("rl/demo") == Counter(), "nothing consumes it"
