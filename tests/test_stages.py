@@ -7,7 +7,7 @@ import pytest
 import yaml
 from graph import DEMO, write_demo
 
-from nemoflow import locks
+from nemoflow import kinds, locks
 from nemoflow.canonical import identity
 from nemoflow.engines import megatron_bridge
 from nemoflow.errors import NemoflowError
@@ -419,6 +419,63 @@ def test_impossible_edits_are_refused(edit, message):
     with pytest.raises(NemoflowError) as error:
         edited(edit, until=10)
     assert message in str(error.value)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(**settings) -> Recipe:
+    data = yaml.safe_load(MEGATRON)
+    data["sources"]["sums"] = {"generator": "arithmetic_chats", "shards": 1}
+    data["stages"][1] = {
+        "name": "adapters",
+        "kind": "sft",
+        "function": "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_peft_config",
+        "peft": "lora",
+        "init": {"from": "base", "carry": "weights"},
+        "data": {"chats": {"sums": 1}, "pack_size": 256},
+        "until": 4,
+        "overrides": {"peft.dim": 8},
+        **settings,
+    }
+    return resolve(yaml.safe_dump(data))
+
+
+def test_the_export_of_adapters_reads_their_base_too():
+    recipe = with_adapters()
+    base, adapters = recipe.stages["base"], recipe.stages["adapters"]
+    assert adapters.stage.payload["peft"] == "lora"
+    export = recipe.view("hf_export", "adapters")[""].stage
+    found = {ref.role: (ref.identity, ref.at) for ref in kinds.inputs(export.payload)}
+    assert found["state"] == (adapters.stage.identity, 4)
+    assert found["base"] == (base.stage.identity, 10)
+    assert "base" not in recipe.view("hf_export", "base")[""].stage.payload
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"edits": [{"at": 2}]}, "stages[adapters].edits: a stage of adapters has none"),
+        ({"init": {"from": "base", "carry": "all"}, "until": 14}, "init.carry: all: adapters are new"),
+        ({"peft": "qlora"}, "stages[adapters].peft: 'qlora': input should be 'lora' or 'dora'"),
+    ],
+)
+def test_impossible_adapters_are_refused(settings, message):
+    with pytest.raises(NemoflowError) as error:
+        with_adapters(**settings)
+    assert message in str(error.value)
+
+
+def test_nothing_starts_from_adapters_alone():
+    data = yaml.safe_load(MEGATRON)
+    adapters = with_adapters().spec.stages[1].model_dump(by_alias=True, exclude_defaults=True, mode="json")
+    more = adapters | {"name": "more", "init": {"from": "adapters", "carry": "weights"}}
+    data["sources"]["sums"] = {"generator": "arithmetic_chats", "shards": 1}
+    data["stages"][1:] = [adapters, more]
+    with pytest.raises(
+        NemoflowError, match=r"stages\[more\].init.from: the checkpoints of adapters hold adapters alone"
+    ):
+        resolve(yaml.safe_dump(data))
 
 
 # -- models that are not trained ---------------------------------------------------------------------------------------
