@@ -127,6 +127,11 @@ def test_the_layout_in_a_line():
             "| makes 3 stages, and PP is 2",
         ),
         ({"model.hybrid_layer_pattern": "MEM*"}, 8, "model.num_layers: 52: the pattern has 4; write 4"),
+        (
+            {PP: 2, "model.hybrid_layer_pattern": "MEME|M*M*", "model.num_layers": 8, EP: 4},
+            8,
+            "pipeline stage 2 has no layer with experts (E), and each needs one",
+        ),
         ({"model.hybrid_layer_pattern": "MEMX", "model.num_layers": 4}, 8, "X: layers are M (Mamba), * (attention)"),
         (
             {PP: 2, "model.virtual_pipeline_model_parallel_size": 2},

@@ -786,6 +786,12 @@ def _hybrid(at: _Layout, layers: int | None) -> Iterator[str]:
             f"model.pipeline_model_parallel_size: {at.pp}: must divide the {count} layers; {_divisors(at.pp, count)} "
             f"does, or say where stages end by | in {key}"
         )
+    parts = main.split("|") if stages > 1 else []
+    if stages == 1 and first is None and last is None and count % at.pp == 0:
+        parts = [main[i : i + count // at.pp] for i in range(0, count, count // at.pp)]
+    if at.has("E") and at.pp > 1 and (poor := [n for n, part in enumerate(parts, 1) if "E" not in part]):
+        # Megatron-Core gathers the router's losses of all stages in tensors of different lengths, and hangs
+        yield f"{key}: pipeline stage {poor[0]} has no layer with experts (E), and each needs one; move it by |"
     counted = [name for name in ("embedding", "loss") if at[f"account_for_{name}_in_pipeline_split"]]
     for name in counted:
         yield f"model.account_for_{name}_in_pipeline_split: a hybrid model is laid out by | in {key}; write false"
