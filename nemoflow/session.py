@@ -7,6 +7,7 @@ machine, know frozen stages only and never read a recipe.
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -131,6 +132,25 @@ class Session:
                 text, path = dump(launch), stage.directory / "launch.json"
                 if not path.exists() or path.read_text(encoding="utf-8") != text:
                     write_atomically(path, text)
+
+    def check_room(self, needed: Iterable[str]) -> None:
+        """Refuse to begin a training whose next two checkpoints do not fit. `needed`: identities of stages to be made.
+
+        By an estimate from the settings; the job compares with its last checkpoint again.
+        """
+        for recipe in self.recipes.values():
+            for trained in recipe.trajectories():
+                stage = trained.stage
+                if stage.identity not in needed or (one := recipe.checkpoint_needs(trained)) is None:
+                    continue
+                count = 1 if len(trained.engine.states(stage.directory / "checkpoints")) >= 2 else 2
+                self.store.root.mkdir(parents=True, exist_ok=True)
+                if (free := shutil.disk_usage(self.store.root).free) < count * one:
+                    raise NemoflowError(
+                        f"{recipe.file}: stages[{trained.spec.name}]: {count} checkpoints take about "
+                        f"{human(count * one)}, and {human(free)} are free where {self.store.root} is; keep the store "
+                        "on a larger disk"
+                    )
 
     def check_raw_files(self, needed: Iterable[str]) -> None:
         """Refuse a plan that would read raw files that are not there. `needed`: identities of stages to be made."""

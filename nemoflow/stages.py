@@ -387,6 +387,13 @@ class Recipe:
             parents.insert(0, (getattr(spec, "function", None), parent.overrides))
         return parents
 
+    def checkpoint_needs(self, trained: Trained) -> int | None:
+        """Bytes of a checkpoint of a training, None if unknown. Of adapters, which are small, nothing is said."""
+        spec, ask = trained.spec, getattr(trained.engine, "checkpoint_needs", None)
+        if ask is None or getattr(spec, "peft", None):
+            return None
+        return ask(spec.function, trained.overrides, self.spec.hf_config, spec.kind, self._parents(spec))
+
     def export_needs(self, export: Stage) -> tuple[int, int] | None:
         """Bytes of memory that an export of one of these stages holds, and of weights it writes; None if unknown."""
         for trained in self.trajectories():

@@ -141,6 +141,7 @@ class Plan(logging.Handler):
         if (
             not workflow.dryrun
         ):  # here and not in onstart, which a workflow using this one as a module does not take over
+            clearly(session.check_room, {job.wildcards.id for job in jobs})
             clearly(session.prepare)
 
 

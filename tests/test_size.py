@@ -1,11 +1,14 @@
 """Sizes of models from settings alone, against models that were published, or made here."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nemoflow.cli import CHECKOUT
 from nemoflow.engines.megatron_bridge import layout, size
+from nemoflow.errors import NemoflowError
+from nemoflow.session import Session
 from nemoflow.stages import Recipe
 from nemoflow.store import Store
 
@@ -36,3 +39,20 @@ def test_an_export_says_what_it_holds_and_writes(tmp_path):
     memory, written = recipe.export_needs(recipe.view("hf_export", "phase2")[""].stage)
     assert written == pytest.approx(63e9, rel=0.01)
     assert memory == pytest.approx(253e9, rel=0.01)
+
+
+def test_a_checkpoint_with_its_optimizer(tmp_path):
+    recipe = Recipe("nano3", [CHECKOUT / "config/recipes"], Store(tmp_path), unlocked=True)
+    assert recipe.checkpoint_needs(recipe.stages["phase1"]) == pytest.approx(442e9, rel=0.01)
+
+
+def test_no_training_begins_whose_checkpoints_do_not_fit(tmp_path, monkeypatch):
+    session = Session(tmp_path / "artifacts", [CHECKOUT / "config/recipes"])
+    recipe = session.recipes["nano3"] = Recipe("nano3", session.directories, session.store, unlocked=True)
+    needed = {recipe.stages["phase1"].stage.identity}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**12))
+    session.check_room(needed)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8 * 10**11))
+    with pytest.raises(NemoflowError, match=r"stages\[phase1\]: 2 checkpoints take about 884.* and 800.* are free"):
+        session.check_room(needed)
+    session.check_room(set())

@@ -18,6 +18,7 @@ __all__ = [
     "REFUSED",
     "STARTS_FROM",
     "check",
+    "checkpoint_needs",
     "command",
     "export_needs",
     "geometry",
@@ -309,6 +310,19 @@ def export_needs(
     found, _, _ = layout.settings(function, overrides, hf_config, kind, None, parents)
     count = size.parameters(found)
     return None if count is None else (size.MEMORY * count * size.BYTES[dtype], count * size.BYTES[dtype])
+
+
+def checkpoint_needs(
+    function: str | None,
+    overrides: dict,
+    hf_config: dict | None,
+    kind: str,
+    parents: Sequence[tuple[str | None, dict]],
+) -> int | None:
+    """Bytes of a checkpoint with its optimizer; None where the settings do not say the model's size."""
+    found, _, _ = layout.settings(function, overrides, hf_config, kind, None, parents)
+    count = size.parameters(found)
+    return None if count is None else count * size.CHECKPOINT[bool(found.get("model.bf16", True))]
 
 
 def outside(key: str) -> bool:

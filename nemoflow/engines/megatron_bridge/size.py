@@ -2,6 +2,10 @@
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
+CHECKPOINT = {True: 14, False: 16}
+"""Bytes of a checkpoint for each parameter: the weights in bfloat16 (True) or float32, and in float32 the optimizer's
+copy of them and two moments. Of nano3 442 GB."""
+
 MEMORY = 4
 """Times the exported weights that an export holds: the model as loaded and as converted, and what is read or written.
 Of 31.6B parameters in bfloat16 63 GB, so 253 GB; 256 GB are what is asked for in practice."""
