@@ -366,7 +366,8 @@ class Recipe:
         spec, check = trained.spec, getattr(trained.engine, "geometry", None)
         one = spec.resources.nodes * spec.resources.gpus_per_node == 1
         if check is None:
-            return "", [] if one else [f"resources: engine {spec.engine} trains in one process; leave them out"]
+            alone = getattr(trained.engine, "ONE_PROCESS", False) and not one
+            return "", [] if not alone else [f"resources: engine {spec.engine} trains in one process; leave them out"]
         layout, problems = check(
             getattr(spec, "function", None),
             trained.overrides,

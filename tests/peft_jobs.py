@@ -23,9 +23,9 @@ def export(job: dict) -> dict:
     """A conversion, as the program does it: {"checkpoint", "base", "tokens", "out"}."""
     from nemoflow.export import convert
 
-    base = job["base"] and Path(job["base"])
+    base, about = job["base"] and Path(job["base"]), {"tokens": job["tokens"], "hf_config": None}
     try:
-        convert.main("megatron_bridge", Path(job["checkpoint"]), job["tokens"], "float32", Path(job["out"]), base)
+        convert.main("megatron_bridge", Path(job["checkpoint"]), about, "float32", Path(job["out"]), base)
     except NemoflowError as error:
         return {"error": str(error)}
     return {}

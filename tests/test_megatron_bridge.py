@@ -310,7 +310,7 @@ def test_a_phase_asks_for_its_own_samples_only():
         asked.append((samples, config, tokenizer))
         return list(range(samples[0])), list(range(7)), None
 
-    train, valid, test = provider(make, 160, 8)((240, 1000, 1000), "config", tokenizer="t", pg_collection="pg")
+    train, valid, test = provider(make, 160, 80, 8)((240, 1000, 1000), "config", tokenizer="t", pg_collection="pg")
     assert asked == [([80, 8, 0], "config", "t")]
     assert (len(train), train[160], train[239]) == (240, 0, 79)
     assert [valid[n] for n in range(len(valid))] == [0, 1, 2, 3, 4, 5, 6, 0]

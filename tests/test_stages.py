@@ -288,6 +288,13 @@ def test_an_engine_that_starts_from_an_export_gets_one():
 # -- trajectories ------------------------------------------------------------------------------------------------------
 
 
+def test_an_engine_of_one_process_has_no_other_resources():
+    data = yaml.safe_load(MEGATRON)
+    data["stages"][1]["resources"] = {"gpus_per_node": 2}
+    recipe = resolve(yaml.safe_dump(data))
+    assert recipe.geometry(recipe.stages["rl"])[1] == ["resources: engine trl trains in one process; leave them out"]
+
+
 def test_counters_go_on_under_carry_all_and_start_anew_otherwise():
     stages = resolve().stages
     assert {n: (t.start, t.until, t.horizon) for n, t in stages.items()} == {

@@ -22,6 +22,7 @@ __all__ = [
 
 STARTS_FROM = "export"
 CARRIES = ("weights",)
+ONE_PROCESS = True
 
 REFUSED = {
     "grpo.bf16": "the model is trained in float32 on a CPU",
