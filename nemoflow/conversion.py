@@ -2,11 +2,13 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from nemoflow.errors import NemoflowError
 
@@ -46,3 +48,44 @@ def said(out: Path, main: Callable, *arguments: Any) -> None:
         if os.strerror(errno.ENOSPC) not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
             raise
         sys.exit(f"{_ERROR}no space left where {out} is; free some and run again")
+
+
+def load(checkpoint: Path) -> list:
+    """The Megatron model of an iter_* directory, on this process's CPU; within a temporary_distributed_context.
+
+    What its run_config.yaml says of kernels that this machine lacks is left out of the loaded model alone: a state
+    that was trained on GPUs is read without one.
+    """
+    from megatron.bridge.training import model_load_save
+
+    from nemoflow import cpu
+
+    read = model_load_save.load_model_config
+
+    def adapted(path: str) -> tuple:
+        model, arguments = read(path)
+        if cpu.needed():
+            cpu.adapt_model(model)
+        return model, arguments
+
+    # load_megatron_model takes no settings but parallel sizes, and checks kernels as it builds the model
+    with mock.patch.object(model_load_save, "load_model_config", adapted):
+        return model_load_save.load_megatron_model(str(checkpoint), use_cpu_init=True, skip_temp_dist_context=True)
+
+
+def save(model: list, out: Path, settings: Any = None) -> None:
+    """Write a Megatron model as `out`, an iter_* directory without an optimizer.
+
+    `settings`: what its run_config.yaml describes instead of the model as it was built here: the model provider of who
+    trains it.
+    """
+    from megatron.bridge.training import model_load_save
+
+    whole = out.with_name("saving")
+    # save_megatron_model writes the settings that it finds in the model, with those of this machine's kernels
+    found = model_load_save.get_model_config
+    with mock.patch.object(model_load_save, "get_model_config", lambda part: settings or found(part)):
+        model_load_save.save_megatron_model(model, whole)
+    (saved,) = whole.glob("iter_*")
+    saved.rename(out)
+    shutil.rmtree(whole)

@@ -1,6 +1,7 @@
 """Kind `import`: a Hugging Face model as a Megatron checkpoint, for other stages to start from.
 
-    checkpoint/     as Megatron-Bridge's own iter_* directories, with run_config.yaml, without an optimizer
+    checkpoint/     as Megatron-Bridge's own iter_* directories, without an optimizer; its run_config.yaml describes the
+                    model as a recipe function gets it from the hub, whatever machine converted it
 
 The conversion is a process of its own, python -m nemoflow.imports MODEL TOKENIZER OUT, since it needs Megatron. It
 holds the model once in memory, in the type its config.json says.
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nemoflow.conversion import converting, said
+from nemoflow.conversion import converting, said, save
 from nemoflow.data.made import Made
 from nemoflow.errors import NemoflowError
 from nemoflow.export import layout
@@ -51,18 +52,6 @@ def listed(out: Path) -> list[dict]:
     return [{"name": p.relative_to(out).as_posix(), "size": p.stat().st_size} for p in files]
 
 
-def save(model: list, tokenizer: Path | None, out: Path) -> None:
-    """Write a Megatron model as out/checkpoint, for a Hugging Face tokenizer."""
-    from megatron.bridge.training.model_load_save import save_megatron_model
-
-    whole = out / "saving"
-    save_megatron_model(model, whole, hf_tokenizer_path=tokenizer)
-    (found,) = whole.glob("iter_*")
-    shutil.rmtree(found / "tokenizer", ignore_errors=True)  # the tokenizer is an artifact of its own
-    found.rename(out / CHECKPOINT)
-    shutil.rmtree(whole)
-
-
 def main(model: Path, tokenizer: Path, out: Path) -> None:
     """Convert; see the module."""
     from nemoflow import cpu
@@ -85,7 +74,7 @@ def main(model: Path, tokenizer: Path, out: Path) -> None:
     kind = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
     try:
         bridge = AutoBridge.from_hf_pretrained(model, torch_dtype=kind)
-        provider = bridge.to_megatron_provider(load_weights=True)
+        provider, settings = (bridge.to_megatron_provider(load_weights=load) for load in (True, False))
     except ValueError as error:
         raise NemoflowError(f"{model}/config.json: Megatron-Bridge does not know this model: {error}") from None
     if on_cpu:
@@ -94,14 +83,15 @@ def main(model: Path, tokenizer: Path, out: Path) -> None:
     known = max([*tokens["model"]["vocab"].values(), *(t["id"] for t in tokens["added_tokens"])]) + 1
     if known > provider.vocab_size:
         raise NemoflowError(f"{tokenizer}: has {known} tokens, the model embeds {provider.vocab_size}")
-    provider.params_dtype = provider.pipeline_dtype = kind
-    provider.bf16, provider.fp16 = kind == torch.bfloat16, False
-    provider.should_pad_vocab = False
+    for one in (provider, settings):
+        one.params_dtype = one.pipeline_dtype = kind
+        one.bf16, one.fp16 = kind == torch.bfloat16, False
+        one.should_pad_vocab = False
     with temporary_distributed_context(backend="gloo"):
         provider.finalize()
         model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
         megatron = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        save(megatron, tokenizer, out)
+        save(megatron, out / CHECKPOINT, settings)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import yaml
 from hf_models import random_model, small_tokenizer
 from megatron_fixtures import Run, sft
 
-from nemoflow import average, export, imports
+from nemoflow import average, cpu, export, imports
 from nemoflow.errors import NemoflowError
 
 pytest_plugins = ["megatron_fixtures"]
@@ -66,6 +66,15 @@ def test_what_an_import_says_of_itself(nemotron, imported):
     assert {c["name"] for c in made.contents} == there
     assert all(p.startswith("checkpoint/") for p in there)
     assert not any("tokenizer" in p for p in there)
+
+
+def test_an_import_is_described_as_on_a_gpu(imported):
+    """Who trains it takes its settings from there: those of the machine that converted it must not be among them."""
+    model = yaml.safe_load((imported[0] / "checkpoint/run_config.yaml").read_text())["model"]
+    changed = [name for name, value in cpu.MODEL.items() if name in model and model[name] != value]
+    assert {"transformer_impl", "moe_grouped_gemm", "persist_layer_norm"} & {*changed}
+    assert model["hybrid_layer_pattern"] == "ME*M"
+    assert model["should_pad_vocab"] is False
 
 
 def test_an_sft_starts_from_it(imported, server, data, tmp_path):
@@ -153,6 +162,39 @@ def test_an_average_is_the_mean_of_every_weight(straight, data, tmp_path):
         expected = (parts[0][name] + parts[1][name] + parts[2][name]) / 3
         assert tensor.sub(expected).abs().max() <= 1e-6, name
     assert any(not found[name].equal(parts[2][name]) for name in found)
+
+
+def as_on_a_gpu(run: Run, at: int, directory: Path) -> Path:
+    """A state that was trained here, described as one that was trained with kernels this machine lacks."""
+    shutil.copytree(run.checkpoint(at), directory / "checkpoint", symlinks=False)
+    path = directory / "checkpoint/run_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"] |= {"apply_rope_fusion": True, "moe_permute_fusion": True, "gradient_accumulation_fusion": True}
+    config["model"] |= {"transformer_impl": "transformer_engine", "tensor_model_parallel_size": 2}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return directory
+
+
+@pytest.mark.slow
+def test_states_trained_on_gpus_are_exported_and_averaged_without_one(straight, data, tmp_path):
+    first, second = (as_on_a_gpu(straight, at, tmp_path / f"gpu-{at}") for at in (6, 10))
+    plain = tensors(exported(state_of(straight, 6, tmp_path / "at-6"), data / "tokenizer", tmp_path / "plain"))
+    found = tensors(exported(first, data / "tokenizer", tmp_path / "found"))
+    assert found.keys() == plain.keys()
+    assert all(tensor.equal(plain[name]) for name, tensor in found.items())
+    mean = tmp_path / "mean"
+    mean.mkdir()
+    average.make({"of": [{}, {}]}, {"states": [first, second]}, mean, print)
+    assert (mean / "checkpoint/run_config.yaml").read_bytes() == (first / "checkpoint/run_config.yaml").read_bytes()
+
+
+def test_states_of_different_models_are_not_averaged(straight, imported, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "checkpoint").symlink_to(imported[0] / "checkpoint")
+    states = [state_of(straight, 6, tmp_path / "at-6"), other]
+    with pytest.raises(NemoflowError, match="is of another model than"):
+        average.make({"of": [{}, {}]}, {"states": states}, tmp_path, print)
 
 
 def test_a_damaged_state_is_not_averaged(straight, tmp_path):

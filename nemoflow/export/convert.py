@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemoflow.conversion import said
+from nemoflow.conversion import load, said
 from nemoflow.errors import NemoflowError
 from nemoflow.export import adapter, layout
 from nemoflow.export import config as spelling
@@ -168,7 +168,7 @@ def from_megatron(
     Raises NemoflowError for a checkpoint that is cut off, or whose model has no NemotronH form.
     """
     from megatron.bridge import AutoBridge
-    from megatron.bridge.training.model_load_save import load_megatron_model, load_model_config
+    from megatron.bridge.training.model_load_save import load_model_config
     from megatron.core import dist_checkpointing
 
     provider, _ = load_model_config(str(adapted or checkpoint))
@@ -176,7 +176,7 @@ def from_megatron(
     rows = stored["embedding.word_embeddings.weight"].global_shape[0]
     config = hf_config(provider, rows, tokens, described)
     bridge = AutoBridge.from_hf_config(config)
-    model = load_megatron_model(str(checkpoint), use_cpu_init=True, skip_temp_dist_context=True)
+    model = load(checkpoint)
     # The loader takes what the model asks for and ignores the rest of the checkpoint: a layer too many, for example.
     held = sum(math.prod(t.global_shape) for name, t in stored.items() if "optimizer." not in name)
     asked = sum(t.numel() for t in model[0].state_dict().values() if t is not None)
