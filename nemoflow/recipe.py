@@ -80,6 +80,21 @@ def _tokens(value: Any) -> int:
     raise ValueError("give a whole number of tokens such as 2_000_000 or 8.4B")
 
 
+def _time(value: Any) -> str:
+    """A wall time such as 4h, 90m or 1d12h."""
+    if not isinstance(value, str) or seconds(value) <= 0:
+        raise ValueError("give a wall time such as 4h, 90m or 1d12h")
+    return value
+
+
+def seconds(time: str) -> int:
+    """The seconds of a wall time such as 4h, 90m or 1d12h; 0 for what is none."""
+    if not (match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", time)):
+        return 0
+    days, hours, minutes = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60
+
+
 def _stage_name(value: str) -> str:
     if not re.fullmatch(NAME, value):
         raise ValueError("a name is letters, digits, dots, dashes and underscores, and starts with a letter or digit")
@@ -121,6 +136,7 @@ Tokens = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^[\d_.]+ ?[KMBT]?$"}]}
     ),
 ]
+Time = Annotated[str, BeforeValidator(_time), WithJsonSchema({"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?$"})]
 Name = Annotated[str, AfterValidator(_stage_name)]
 OverrideKey = Annotated[str, AfterValidator(_override_key)]
 Overrides = dict[OverrideKey, Any]
@@ -314,6 +330,12 @@ class Resources(Model):
     """GPUs of a node; where there is none, processes on the CPU."""
     gpu: str | None = None
     """Type of the GPUs, such as h100; decides which precision they can compute in."""
+    time: Time = "4h"
+    """Wall time of one slot on a cluster. A training that is not done by then goes on in the next one."""
+    slots: Annotated[int, Field(gt=0)] = 50
+    """Slots after which it goes on no more by itself."""
+    memory: Annotated[int, Field(gt=0)] | None = None
+    """GB of main memory of each node; by default what the cluster gives."""
 
 
 class Keep(Model):
@@ -365,7 +387,9 @@ class Average(_Named):
     of: States
 
 
-class _Stage(_Named):
+class Training(_Named):
+    """What all trained stages have."""
+
     init: Init | None = None
     until: Steps
     """Where the stage ends. Not part of its identity: raising it goes on from where it stopped."""
@@ -396,7 +420,7 @@ class PretrainEdit(_Edit):
     """Another blend from here on, read from its start."""
 
 
-class _Function(_Stage):
+class _Function(Training):
     engine: Name = "megatron_bridge"
     function: str
     """The recipe function, by dotted name."""
@@ -421,7 +445,7 @@ class Sft(_Function):
     """Train adapters only; their settings are overrides such as peft.dim."""
 
 
-class Rl(_Stage):
+class Rl(Training):
     kind: Literal["rl"]
     engine: Name = "trl"
     algorithm: Literal["grpo"]
@@ -687,7 +711,8 @@ def _number(text: str) -> str:
     )
 
 
-def _validated(model: type[Model], data: dict, path: Path) -> Any:
+def validated(model: type[Model], data: dict, path: Path) -> Any:
+    """`data`, read from `path`, as a `model`. Raises NemoflowError naming file, key, value and fix."""
     for key, text in _disguised(data):
         raise NemoflowError(f"{path}: {key}: {text} is a string in YAML, not a number; write {_number(text)}")
     try:
@@ -702,9 +727,9 @@ def load(name: str, directories: list[Path]) -> tuple[Path, Recipe]:
     Raises NemoflowError naming file, key, value and fix for everything that is wrong with it.
     """
     path, data = _extended(name, directories)
-    recipe = _validated(Recipe, data, path)
+    recipe = validated(Recipe, data, path)
     for where, part in [
-        *((f"stages[{stage.name}].data", stage.data) for stage in recipe.stages if isinstance(stage, _Stage)),
+        *((f"stages[{stage.name}].data", stage.data) for stage in recipe.stages if isinstance(stage, Training)),
         *(
             (f"stages[{stage.name}].edits[{i}].data", edit.data)
             for stage in recipe.stages
@@ -729,7 +754,7 @@ def _fill_in(recipe: Recipe, data: Any, where: str, directories: list[Path]) -> 
     if file is None:
         known = sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
         raise NemoflowError(f"{where}.{key}: there is no {name}.yaml in {_listed(folders)}{_nearest(name, known)}")
-    blend = _validated(Blend, read_yaml(file), file)
+    blend = validated(Blend, read_yaml(file), file)
     for source, spec in (blend.sources | blend.placeholder_sources).items():
         plain = Files(**spec.model_dump(include=Files.model_fields.keys()))
         if recipe.sources.setdefault(source, plain) != plain:

@@ -14,14 +14,22 @@ from pathlib import Path
 
 from nemoflow import canonical, kinds, summary
 from nemoflow import recipe as grammar
+from nemoflow.cluster import Cluster
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
 from nemoflow.progress import human
-from nemoflow.stages import VIEWS, Recipe, Target
+from nemoflow.stages import VIEWS, Recipe, Target, Trained
 from nemoflow.store import Stage, Store, dump, read_json, write_atomically
 
 LARGE = 8 * 10**9
 """Bytes of memory worth a word in the plan."""
+
+HOURS = 4
+"""Wall time of a job that converts a model, and of one that evaluates it."""
+
+INDEX_BYTES = 20
+"""Bytes of memory for each sample of an index: Megatron's tables of samples and of their order, while they are made. Of
+nano3's first phase, 2.9 billion samples, 58 GB."""
 
 _NAME = re.compile(rf"(?P<kind>{'|'.join(VIEWS)})/(?P<recipe>[^@:]*)(@(?P<stage>[^:]*))?(:(?P<at>.*))?")
 
@@ -34,6 +42,8 @@ class Session:
         self.recipes: dict[str, Recipe] = {}
         self.names: dict[str, dict[str, Target]] = {}
         self._titles: dict[str, str] = {}
+        self.cluster: Cluster | None = None
+        """Where jobs run; None: on this machine. To be set before anything is resolved."""
         self.begun = False
 
     # -- before the graph --------------------------------------------------------------------------------------------
@@ -65,7 +75,7 @@ class Session:
             wrong = f"{at!r} is no state" if stage != "" else "there is no stage after the @"
             raise NemoflowError(f"{text}: {wrong}; write KIND/RECIPE[@STAGE][:ITERATION]")
         if recipe not in self.recipes:
-            self.recipes[recipe] = Recipe(recipe, self.directories, self.store)
+            self.recipes[recipe] = Recipe(recipe, self.directories, self.store, cluster=self.cluster)
         return self.recipes[recipe].view(kind, stage, int(at) if at else None)
 
     def links(self, name: str) -> dict[str, str]:
@@ -105,12 +115,56 @@ class Session:
         title = self._titles.get(identity, f"{stage.kind} {stage.label}")
         return f"{title} to {at}" if at is not None else title
 
+    def submission(self, identity: str) -> dict[str, int | str]:
+        """What a job asks Slurm for, as resources of Snakemake's Slurm plugin; {} where jobs run on this machine.
+
+        Jobs that train or convert take the plugin's MPI form: the script runs once, on the first node and outside any
+        container, and launches the processes itself.
+        """
+        if self.cluster is None:
+            return {}
+        stage, cluster = self.store.load(identity), self.cluster
+        asked: dict[str, int | str | None] = {"slurm_account": cluster.account, "qos": cluster.qos}
+        trained = self._trained(identity)
+        gpus = trained.spec.resources.gpus_per_node if trained else int(stage.kind == "eval")
+        if cluster.gpus_per_node == 0:
+            gpus = 0
+        asked["slurm_partition"] = cluster.partition if gpus or trained else cluster.cpu_partition or cluster.partition
+        if _engine(stage):
+            asked |= {"mpi": "srun", "nodes": 1, "tasks_per_node": 2, "cpus_per_task": cluster.cpus_per_gpu}
+            asked |= {"runtime": HOURS * 60, "mem_mb": self._memory(stage)}
+        if trained:
+            resources = trained.spec.resources
+            # The plugin takes no single task per node for MPI; of the tasks only their processors are used
+            asked |= {"nodes": resources.nodes, "tasks_per_node": max(2, resources.gpus_per_node)}
+            asked["runtime"] = grammar.seconds(resources.time) // 60
+            asked["mem_mb"] = resources.memory and resources.memory * 1000
+        if gpus:
+            gpu = trained.spec.resources.gpu if trained else cluster.gpu
+            asked["gres"] = f"gpu:{gpu}:{gpus}" if gpu else f"gpu:{gpus}"
+        return {key: value for key, value in asked.items() if value is not None}
+
+    def _memory(self, stage: Stage) -> int | None:
+        """MB for a job that works on a whole model, or indexes its data; None if unknown."""
+        if stage.kind == "index":
+            return 8_000 + stage.payload["samples"] * INDEX_BYTES // 10**6
+        needs = [r.conversion_needs() for r in self.recipes.values() if stage.identity in _titles(r)]
+        return max((8_000 + n * 5 // 4 // 10**6 for n in needs if n), default=None)
+
+    def _trained(self, identity: str) -> Trained | None:
+        for recipe in self.recipes.values():
+            for trained in recipe.trajectories():
+                if trained.stage.identity == identity:
+                    return trained
+        return None
+
     # -- before jobs -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Before the first job: say beside each unfinished artifact what stands outside its identity.
 
-        launch.json holds titles, paths and settings that leave the result unchanged; wanted/<N> the states to keep.
+        launch.json holds titles, paths, settings that leave the result unchanged, and how its programs are launched;
+        wanted/<N> the states to keep.
         """
         needed = {s.identity for t in self._targets() for s, _ in self.store.ancestors(t.stage.identity, t.at)}
         for recipe in self.recipes.values():
@@ -118,6 +172,8 @@ class Session:
             for identity in needed & (trained.keys() | recipe.launch.keys() | _titles(recipe).keys()):
                 stage = self.store.load(identity)
                 launch = {"title": self.title(identity), **recipe.launch.get(identity, {})}
+                if engine_name := _engine(stage):
+                    launch["cluster"] = self.cluster.launch(engine_name) if self.cluster else {"launcher": "here"}
                 if "paths" in launch:
                     launch["paths"] = [str(Path(p).absolute()) for p in launch["paths"]]
                 if found := trained.get(identity):
@@ -279,6 +335,11 @@ class Session:
                     if ref.role != "tokenizer" or stage.kind == "shards":
                         edges[f"    {_node(self.store.load(ref.identity), ref.at)} --> {node}"] = None
         return "\n".join(["flowchart TD", *(f'    {node}["{title}"]' for node, title in nodes.items()), *edges])
+
+
+def _engine(stage: Stage) -> str | None:
+    """The engine whose programs a stage's job launches; None for jobs that make data by themselves."""
+    return "lm_eval" if stage.kind == "eval" else stage.payload.get("engine")
 
 
 def _node(stage: Stage, at: int | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemoflow import evaluation, kinds
 from nemoflow import recipe as grammar
+from nemoflow.cluster import Cluster
 from nemoflow.data import plan
 from nemoflow.data.generate import arguments, check_arguments
 from nemoflow.engines import engine, refuse
@@ -121,16 +122,21 @@ class Recipe:
         store: Store,
         python: str | None = None,
         unlocked: bool = False,
+        cluster: Cluster | None = None,
     ):
         """Resolve recipe `name`.
 
         python: interpreter version generated sources are made with, this one by default.
         unlocked: stand-ins take the place of what is not locked; the identities mean nothing then.
+        cluster: where its jobs run, unless on this machine; it may give stages other resources.
 
         Raises NemoflowError naming file, key, value and fix.
         """
         self.name, self.store = name, store
         self.file, self.spec = grammar.load(name, directories)
+        for stage in self.spec.stages if cluster else []:
+            if isinstance(stage, grammar.Training):
+                stage.resources = cluster.resources(name, stage.name, stage.resources)
         self.locks = Locks(name, directories, store)
         self.unlocked: list[str] | None = [] if unlocked else None
         """What is not locked, if that is allowed."""
@@ -398,11 +404,21 @@ class Recipe:
     def export_needs(self, export: Stage) -> tuple[int, int] | None:
         """Bytes of memory that an export of one of these stages holds, and of weights it writes; None if unknown."""
         for trained in self.trajectories():
-            if trained.stage.identity == export.payload["of"]["trajectory"] and hasattr(trained.engine, "export_needs"):
-                spec, dtype = trained.spec, kinds.complete(export.payload)["dtype"]
-                known = spec.function, trained.overrides, self.spec.hf_config, spec.kind, self._parents(spec)
-                return trained.engine.export_needs(*known, dtype)
+            if trained.stage.identity == export.payload["of"]["trajectory"]:
+                return self._export_needs(trained, kinds.complete(export.payload)["dtype"])
         return None
+
+    def conversion_needs(self) -> int | None:
+        """Bytes of memory that an import, average, export or evaluation of these models holds; None if unknown."""
+        found = filter(None, (self._export_needs(trained, self.spec.export.dtype) for trained in self.trajectories()))
+        return max((memory for memory, _ in found), default=None)
+
+    def _export_needs(self, trained: Trained, dtype: str) -> tuple[int, int] | None:
+        if not hasattr(trained.engine, "export_needs"):
+            return None
+        spec = trained.spec
+        known = spec.function, trained.overrides, self.spec.hf_config, spec.kind, self._parents(spec)
+        return trained.engine.export_needs(*known, dtype)
 
     def _resolve(self, spec, specs: dict[str, grammar.Stage], chain: tuple[str, ...]) -> Model | list[Trained]:
         """A stage and those it starts from: a model, or the trajectories of a training."""

@@ -14,6 +14,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 BASE = Path(workflow.current_basedir).parent
 sys.path.insert(0, str(BASE))
 
+from nemoflow import cluster
 from nemoflow.errors import NemoflowError
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS
@@ -61,7 +62,15 @@ def begin():
             f"--rerun-triggers {' '.join(sorted(other))}: only {' and '.join(sorted(TRIGGERS))} are safe here, "
             "as profiles/default sets them; do not drop that profile"
         )
+    if launcher() == "slurm":
+        session.cluster = clearly(cluster.load)
     clearly(session.request, settings.targets)
+
+
+def launcher(wildcards=None):
+    """Where jobs run: slurm, if the profile says so, or here. Known also under -n, whose executor is none of these."""
+    settings = workflow.resource_settings.default_resources
+    return "slurm" if settings and "launcher=slurm" in map(str, settings.args) else "here"
 
 
 def number(wildcards):
@@ -112,6 +121,37 @@ def links(wildcards):
 def title(wildcards):
     """What people call the artifact."""
     return session.title(wildcards.id, number(wildcards))
+
+
+def asked(resource, otherwise=None):
+    """What a job asks Slurm for; `otherwise`, for Snakemake as good as nothing, where it runs here.
+
+    sbatch is called by the main process; in the job itself only the plugin's form counts.
+    """
+
+    def of(wildcards):
+        if launcher() == "here":
+            return otherwise
+        if not workflow.is_main_process:
+            return "srun" if resource == "mpi" else otherwise
+        begin()
+        return clearly(session.submission, wildcards.id).get(resource, otherwise)
+
+    return of
+
+
+# Of jobs that make data, by the processors of one node. Memory and time of these are the profile's.
+DATA_JOB = {
+    "title": title,
+    "launcher": launcher,
+    **{key: asked(key) for key in ("slurm_account", "slurm_partition", "qos")},
+}
+# Of jobs that train or convert models: they launch processes of their own, so the script runs once, in the batch shell.
+MODEL_JOB = (
+    DATA_JOB
+    | {key: asked(key) for key in ("mpi", "nodes", "tasks_per_node", "cpus_per_task", "gres")}
+    | {key: asked(key, 0) for key in ("mem_mb", "runtime")}
+)
 
 
 class Plan(logging.Handler):

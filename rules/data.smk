@@ -14,7 +14,7 @@ rule source:
         "<logs>/source/{label}-{id}.log",
     localrule: config["download"]["local"]
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -30,7 +30,7 @@ rule tokenizer:
         "<logs>/tokenizer/{label}-{id}.log",
     localrule: config["download"]["local"]
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -46,7 +46,7 @@ rule shards:
         "<logs>/shards/{label}-{id}.log",
     threads: 8
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -62,7 +62,7 @@ rule merge:
         "<logs>/merge/{label}-{id}.log",
     threads: 4
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -77,7 +77,7 @@ rule blend:
     log:
         "<logs>/blend/{label}-{id}.log",
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -92,7 +92,7 @@ rule index:
     log:
         "<logs>/index/{label}-{id}.log",
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:
@@ -108,7 +108,7 @@ rule chats:
         "<logs>/chats/{label}-{id}.log",
     threads: 8
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -123,7 +123,7 @@ rule prompts:
     log:
         "<logs>/prompts/{label}-{id}.log",
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:
@@ -138,7 +138,7 @@ rule preferences:
     log:
         "<logs>/preferences/{label}-{id}.log",
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "{resources.title}"
     shell:

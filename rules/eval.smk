@@ -10,7 +10,7 @@ rule eval:
         "<logs>/eval/{label}-{id}.log",
     threads: workflow.cores
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:

@@ -9,7 +9,7 @@ rule hf_export:
     log:
         "<logs>/hf_export/{label}-{id}.log",
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:

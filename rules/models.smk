@@ -9,7 +9,7 @@ rule hf_import:
     log:
         "<logs>/import/{label}-{id}.log",
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:
@@ -24,7 +24,7 @@ rule average:
     log:
         "<logs>/average/{label}-{id}.log",
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:
@@ -40,7 +40,7 @@ rule seal:
         "<logs>/seal/{kind}/{label}-{id}.at-{n}.log",
     threads: 8
     resources:
-        title=title,
+        **DATA_JOB,
     message:
         "digests of {resources.title}"
     shell:

@@ -10,7 +10,7 @@ rule pretrain:
         "<logs>/pretrain/{label}-{id}.at-{n}.log",
     threads: workflow.cores
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:

@@ -10,7 +10,7 @@ rule rl:
         "<logs>/rl/{label}-{id}.at-{n}.log",
     threads: workflow.cores
     resources:
-        title=title,
+        **MODEL_JOB,
     message:
         "{resources.title}"
     shell:

@@ -210,7 +210,8 @@ def test_what_is_no_identity_goes_beside_the_artifact():
         "guard": {"patience": 20, "spike": "3"},
         "keep": {"every": None, "last": 2},
         "overrides": {"sleep.seconds": 3},
-        "resources": {"gpu": None, "gpus_per_node": 1, "nodes": 1},
+        "cluster": {"launcher": "here"},
+        "resources": {"gpu": None, "gpus_per_node": 1, "memory": None, "nodes": 1, "slots": 50, "time": "4h"},
         "save_interval": 5,
         "title": "pretrain phase1 of demo",
     }
