@@ -18,13 +18,14 @@ from nemoflow.data.made import Made
 from nemoflow.errors import NemoflowError
 from nemoflow.export.convert import check_megatron
 from nemoflow.imports import CHECKPOINT, listed
+from nemoflow.launch import HERE
 from nemoflow.progress import human
 
 AT_A_TIME = 10**9
 """Parameters that are summed at once: 4 GB in float32, and as much again while another state's are read."""
 
 
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> Made:
+def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], launch: dict | None = None) -> Made:
     """Average inputs["states"], directories with a link `checkpoint` each, all of one trajectory or of equal models.
 
     Returns the measures {"states", "parameters"} and the checkpoint's files with their sizes.
@@ -41,7 +42,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     if (free := shutil.disk_usage(out).free) < size:
         raise NemoflowError(f"{out}: the checkpoint takes {human(size)} and {human(free)} are free; make room")
     progress(f"averages {len(checkpoints)} states of {human(size)}, in float32")
-    converting("nemoflow.average", checkpoints[0], out, *checkpoints)
+    converting("nemoflow.average", checkpoints[0], out, *checkpoints, cluster=(launch or {}).get("cluster", HERE))
     parameters = int((out / "parameters").read_text(encoding="utf-8"))
     (out / "parameters").unlink()
     return Made({"states": len(payload["of"]), "parameters": parameters}, listed(out))

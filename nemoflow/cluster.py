@@ -72,6 +72,8 @@ class Cluster(grammar.Model):
     processes run on CPUs."""
     cpus_per_gpu: Annotated[int, Field(gt=0)] = 4
     """Processors requested with each GPU."""
+    processes: Literal["torchrun", "srun"] = "torchrun"
+    """What starts the processes of a training: torchrun on each node, or srun each by itself."""
     container: Container = Container()
     env: dict[Annotated[str, AfterValidator(_variable)], str] = {}
     """Environment variables of training and converting processes, such as NCCL_SOCKET_IFNAME. No secrets."""
@@ -118,6 +120,7 @@ class Cluster(grammar.Model):
             "mounts": self.container.mounts,
             "env": self.env,
             "cpus_per_gpu": self.cpus_per_gpu,
+            "processes": self.processes,
         }
 
 

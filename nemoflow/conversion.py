@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 from nemoflow.errors import NemoflowError
+from nemoflow.launch import HERE, once
 
 _ERROR = "nemoflow: error: "
 
 
-def converting(module: str, about: Path, *arguments: Any) -> None:
-    """Run `python -m module arguments...`, which converts `about`.
+def converting(module: str, about: Path, *arguments: Any, cluster: dict = HERE) -> None:
+    """Run `python -m module arguments...`, which converts `about`; in the cluster's container, if it has one.
 
     Its error for people becomes a NemoflowError; what else it says goes to this process's stderr.
     """
@@ -27,8 +28,11 @@ def converting(module: str, about: Path, *arguments: Any) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    child = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    started = once([sys.executable, "-m", module, *map(str, arguments)], cluster)
+    print("$", started, flush=True)
+    child = subprocess.run(
+        started.command, env=environment | started.environment, stderr=subprocess.PIPE, text=True, check=False
+    )
     sys.stderr.write(child.stderr)
     if child.returncode:
         lines = [line for line in child.stderr.splitlines() if line.strip()]

@@ -17,12 +17,19 @@ from nemoflow.conversion import converting, said, save
 from nemoflow.data.made import Made
 from nemoflow.errors import NemoflowError
 from nemoflow.export import layout
+from nemoflow.launch import HERE
 from nemoflow.progress import human
 
 CHECKPOINT = "checkpoint"
 
 
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> Made:  # noqa: ARG001 - a kind's
+def make(
+    payload: dict,  # noqa: ARG001 - a kind's
+    inputs: dict,
+    out: Path,
+    progress: Callable[[str], None],
+    launch: dict | None = None,
+) -> Made:
     """Convert inputs["model"], a directory with config.json and *.safetensors, for inputs["tokenizer"].
 
     Returns the measures {"parameters", "bytes" of the weight files read, "hf_config": content of config.json}, and the
@@ -41,7 +48,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     if (free := shutil.disk_usage(out).free) < size:
         raise NemoflowError(f"{out}: the checkpoint takes {human(size)} and {human(free)} are free; make room")
     progress(f"converts {human(size)} of weights, holding them in memory once")
-    converting("nemoflow.imports", model, model, inputs["tokenizer"], out)
+    cluster = (launch or {}).get("cluster", HERE)
+    converting("nemoflow.imports", model, model, inputs["tokenizer"], out, cluster=cluster)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     return Made({"parameters": layout.parameters(entries), "bytes": size, "hf_config": config}, listed(out))
 

@@ -215,8 +215,10 @@ class Trajectory:
         write(request, dump(asked))
         span = f"iteration {reached} of {at}"
         job.say(f"{'resumes at ' if complete else 'starts at '}{span}; log {job.log}")
-        command = launch.command(self.engine.command(request.resolve()), asked["resources"])
-        code = self._run(command, reached)
+        started = launch.launch(
+            self.engine.command(request.resolve()), asked["resources"], job.launch.get("cluster", launch.HERE)
+        )
+        code = self._run(started, reached)
         if at in self.engine.states(self.checkpoints):
             return
         lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -227,10 +229,10 @@ class Trajectory:
             raise NemoflowError(f"the trainer ended without error before iteration {at}, and without its checkpoint")
         raise NemoflowError(reason(lines, "the trainer") or f"the trainer failed with exit code {code}")
 
-    def _run(self, command: list[str], reached: int) -> int:
+    def _run(self, started: launch.Launch, reached: int) -> int:
         """The exit code of the trainer; it dies with this process, on an interrupt too."""
-        print("$", *command, flush=True)
-        child = subprocess.Popen(command, env=environment())
+        print("$", started, flush=True)
+        child = subprocess.Popen(started.command, env=environment() | started.environment)
         self.job.held.add_process(child.pid)
         with ending(child), asking(self.stop_file):
             progress = _Progress(self, reached)

@@ -1,5 +1,6 @@
 """One program as several processes: what starts them, whose failure is told, and that none outlives the others."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from graph import Work
 
-from nemoflow import cpu, launch, training
+from nemoflow import cpu, launch, slurm, training
 from nemoflow.errors import NemoflowError
 
 BASE = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def failing(what: str) -> list[str]:
     """What is written when process 1 of two does `what` and process 0 waits."""
-    command = launch.command([sys.executable, "-c", FAILURE.format(what=what)], resources(gpus=2))
+    command = launch.launch([sys.executable, "-c", FAILURE.format(what=what)], resources(gpus=2)).command
     done = subprocess.run(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
     )
@@ -47,14 +48,14 @@ def failing(what: str) -> list[str]:
 
 def test_one_process_is_the_program_itself(monkeypatch):
     monkeypatch.setattr(cpu, "needed", lambda: True)
-    assert launch.command(PROGRAM, resources()) == PROGRAM
-    assert launch.command(PROGRAM, resources(gpus=2))[-len(PROGRAM) :] == PROGRAM
+    assert launch.launch(PROGRAM, resources()).command == PROGRAM
+    assert launch.launch(PROGRAM, resources(gpus=2)).command[-len(PROGRAM) :] == PROGRAM
 
 
 def test_another_machine_is_not_to_be_had(monkeypatch):
     monkeypatch.setattr(cpu, "needed", lambda: True)
-    with pytest.raises(NemoflowError, match=r"resources\.nodes: 4: stages run on this machine only, which is one node"):
-        launch.command(PROGRAM, resources(4, 8))
+    with pytest.raises(NemoflowError, match=r"resources\.nodes: 4: this machine is one node"):
+        launch.launch(PROGRAM, resources(4, 8))
 
 
 @pytest.mark.parametrize("there", [0, 1])
@@ -62,14 +63,14 @@ def test_more_gpus_than_there_are(monkeypatch, there):
     monkeypatch.setattr(cpu, "needed", lambda: False)
     monkeypatch.setattr(launch, "_gpus", lambda: there)
     with pytest.raises(NemoflowError, match=rf"resources\.gpus_per_node: 2: this machine has {there}"):
-        launch.command(PROGRAM, resources(gpus=2))
+        launch.launch(PROGRAM, resources(gpus=2))
     if there:
-        assert launch.command(PROGRAM, resources()) == PROGRAM
+        assert launch.launch(PROGRAM, resources()).command == PROGRAM
 
 
 def test_a_stage_that_wants_another_machine_is_refused(demo):
     demo.set("rl", until=12, resources={"nodes": 2})
-    assert "resources.nodes: 2: stages run on this machine only" in demo.refused("rl/demo")
+    assert "resources.nodes: 2: this machine is one node" in demo.refused("rl/demo")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_among_tracebacks_that_of_the_first_to_fail_is_told():
 
 def test_processes_end_with_torchrun_however_that_ends(tmp_path):
     program = f"import os, time, pathlib; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(600)"
-    command = launch.command([sys.executable, "-c", program], resources(gpus=2))
+    command = launch.launch([sys.executable, "-c", program], resources(gpus=2)).command
     torchrun = subprocess.Popen(command, env=environment())
     try:
         deadline = time.monotonic() + 60
@@ -152,3 +153,112 @@ def test_a_stage_of_the_demo_as_two_processes(tmp_path):
     assert both[7]["loss"] < both[0]["loss"] - 0.3
     config = yaml.safe_load((work.path / "pretrain/two/checkpoint/run_config.yaml").read_text())
     assert config["model"]["expert_model_parallel_size"] == 2
+
+
+# -- in a Slurm job, to the exact command line: containers are not here to be run -------------------------------------
+
+CLUSTER = {
+    "launcher": "slurm",
+    "runtime": None,
+    "image": None,
+    "mounts": ["/data", "/scratch:/tmp/scratch:ro"],
+    "env": {"NCCL_SOCKET_IFNAME": "ib0"},
+    "cpus_per_gpu": 4,
+    "processes": "torchrun",
+}
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path):
+    """As if this process were the batch script of a job on two nodes."""
+    found = slurm.Job(7, "RUNNING", 1, ["n1", "n2"], None, "batch", "", str(tmp_path), [])
+    monkeypatch.setattr(slurm, "here", lambda: found)
+    monkeypatch.setattr(slurm, "addresses", lambda nodes: [f"10.0.0.{n[1:]}" for n in nodes])
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+@pytest.mark.usefixtures("job")
+def test_torchrun_on_each_node():
+    started = launch.launch(PROGRAM, resources(2, 8), CLUSTER)
+    assert started.command == [
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32", "--cpu-bind=none"),
+        *("--kill-on-bad-exit=1", "--mpi=none", "--unbuffered"),
+        *(sys.executable, "-m", "nemoflow.launch.node", "torchrun", "8", *PROGRAM),
+    ]
+    port = started.environment.pop("NEMOFLOW_PORT")
+    assert 1024 < int(port) < 65536
+    assert started.environment == {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "NEMOFLOW_NODES": "10.0.0.1,10.0.0.2",
+        "NEMOFLOW_RUN": "7.1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    assert str(started) == launch.described(PROGRAM, resources(2, 8), CLUSTER)
+
+
+@pytest.mark.usefixtures("job")
+def test_a_task_for_each_gpu():
+    command = launch.launch(PROGRAM, resources(2, 8), CLUSTER | {"processes": "srun"}).command
+    assert command[1:5] == ["--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=4"]
+    assert command[9:] == [sys.executable, "-m", "nemoflow.launch.node", "srun", "8", *PROGRAM]
+
+
+@pytest.mark.usefixtures("job")
+def test_the_nodes_that_the_job_has_count():
+    assert "--nodes=2" in launch.launch(PROGRAM, resources(16, 8), CLUSTER).command
+
+
+@pytest.mark.usefixtures("job")
+def test_pyxis(tmp_path):
+    cluster = CLUSTER | {"runtime": "pyxis", "image": "nvcr.example/nvidia/nemo:26.06"}
+    command = launch.launch(PROGRAM, resources(2, 8), cluster).command
+    assert command[9:] == [
+        "--container-image=nvcr.example/nvidia/nemo:26.06",
+        f"--container-mounts={tmp_path}:{tmp_path},{BASE}:{BASE},/data:/data,/scratch:/tmp/scratch:ro",
+        f"--container-workdir={tmp_path}",
+        "--no-container-mount-home",
+        "--container-env=PYTHONPATH,PYTHONUNBUFFERED,NEMOFLOW_NODES,NEMOFLOW_PORT,NEMOFLOW_RUN,NEMOFLOW_STATE",
+        *("python3", "-m", "nemoflow.launch.node", "torchrun", "8", "python3", *PROGRAM[1:]),
+    ]
+    once = launch.once(PROGRAM, cluster).command
+    assert once[:4] == ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
+    assert once[-4:] == ["python3", *PROGRAM[1:]]
+
+
+@pytest.mark.usefixtures("job")
+def test_apptainer(tmp_path):
+    cluster = CLUSTER | {"runtime": "apptainer", "image": "/images/nemo.sif"}
+    started = launch.launch(PROGRAM, resources(2, 8), cluster)
+    assert started.command[9:] == [
+        *("apptainer", "exec", "--nv", "--no-home"),
+        *("--bind", f"{tmp_path}:{tmp_path}", "--bind", f"{BASE}:{BASE}", "--bind", "/data:/data"),
+        *("--bind", "/scratch:/tmp/scratch:ro", "--pwd", str(tmp_path), "/images/nemo.sif"),
+        *("python3", "-m", "nemoflow.launch.node", "torchrun", "8", "python3", *PROGRAM[1:]),
+    ]
+    assert started.environment["APPTAINERENV_PYTHONPATH"].split(":")[0] == str(BASE)
+
+
+def test_one_process_needs_no_launcher(job, monkeypatch):
+    monkeypatch.setattr(slurm, "here", lambda: dataclasses.replace(job, nodes=["n1"]))
+    assert launch.launch(PROGRAM, resources(), CLUSTER) == launch.Launch(PROGRAM, CLUSTER["env"])
+
+
+def test_outside_of_a_job_a_stage_prepared_for_slurm_says_so(monkeypatch):
+    monkeypatch.setattr(slurm, "here", lambda: None)
+    with pytest.raises(NemoflowError, match="prepared to run as a Slurm job, and this is none"):
+        launch.launch(PROGRAM, resources(), CLUSTER)
+
+
+def test_each_task_becomes_a_rank_or_torchrun(capfd):
+    """What the tasks of a step turn into, told by a program that prints it."""
+    environ = {"NEMOFLOW_NODES": "127.0.0.1", "NEMOFLOW_PORT": "29555", "NEMOFLOW_RUN": "7.0", "SLURM_NODEID": "0"}
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    told = f"import os; print(*[os.environ[n] for n in {names}], flush=True)"
+    for form, more in (("srun", {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}), ("torchrun", {})):
+        command = [sys.executable, "-m", "nemoflow.launch.node", form, "2", sys.executable, "-c", told]
+        subprocess.run(command, env=environment(**environ, **more), check=True, timeout=60)
+    ranks = [line.split()[:3] for line in capfd.readouterr().out.splitlines()]
+    assert ranks[0] == ["1", "1", "2"]
+    assert sorted(ranks[1:]) == [["0", "0", "2"], ["1", "1", "2"]]

@@ -111,7 +111,7 @@ class Programs(Server):
         log, result = self.directory / f"{self.count}.log", self.directory / f"{self.count}.json"
         if target == "world:run":
             program = megatron_bridge.command(Path(argument["request"]))
-            command = launch.command(program, {"nodes": 1, "gpus_per_node": argument["processes"]})
+            command = launch.launch(program, {"nodes": 1, "gpus_per_node": argument["processes"]}).command
         else:
             command = [sys.executable, "-c", CALL, target, json.dumps(argument), str(result)]
         environment = training.environment()

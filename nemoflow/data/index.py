@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
+from nemoflow.launch import HERE, Launch, once
 from nemoflow.progress import EVERY
 from nemoflow.store import dump, read_json, write_atomically
 from nemoflow.training import ending, environment, reason
@@ -50,7 +51,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     """Write the order of payload["samples"] training samples, and of the engine's validation set.
 
     launch      "reads": samples that the stage reads, where it stops before its horizon; "max_epochs": how often a
-                source may be read
+                source may be read; "cluster": where the engine's program runs
 
     Returns {"samples": {"train", "valid"}, "epochs": {source: of payload["samples"], rounded to 1/1000}}.
 
@@ -75,7 +76,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     }
     write_atomically(request, dump(request_of_engine))
     progress(f"indexing {payload['samples']:,} samples")
-    _run(driver.index_command(request.resolve()), progress)
+    _run(once(driver.index_command(request.resolve()), launch.get("cluster", HERE)), progress)
     request.unlink()
     samples = read_json(out / "index.json")["samples"]
     return {"samples": samples, "epochs": {source: round(float(n), 3) for source, n in read.items()}}
@@ -114,9 +115,9 @@ def _check_prefixes(blend: Path) -> None:
             )
 
 
-def _run(command: list[str], progress: Callable[[str], None]) -> None:
+def _run(started: Launch, progress: Callable[[str], None]) -> None:
     """Run the engine's program to its end; its output goes to this process's, which is the log."""
-    print("$", *command, flush=True)
+    print("$", started, flush=True)
     parent, libc = os.getpid(), ctypes.CDLL(None)
 
     def die_with_parent() -> None:
@@ -128,8 +129,8 @@ def _run(command: list[str], progress: Callable[[str], None]) -> None:
     shown = time.monotonic()
     with (
         subprocess.Popen(
-            command,
-            env=environment(),
+            started.command,
+            env=environment() | started.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

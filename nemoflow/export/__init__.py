@@ -11,6 +11,7 @@ from pathlib import Path
 from nemoflow.conversion import converting
 from nemoflow.errors import NemoflowError
 from nemoflow.export import card, layout
+from nemoflow.launch import HERE
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -25,12 +26,20 @@ CHAT_END = "<|im_end|>"
 """The token that ends a turn of a chat: generation stops at it as at the end of a document."""
 
 
-def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], lineage: list[dict]) -> dict:
+def make(
+    payload: dict,
+    inputs: dict,
+    out: Path,
+    progress: Callable[[str], None],
+    lineage: list[dict],
+    launch: dict | None = None,
+) -> dict:
     """Write the checkpoint of a trained state into `out`: config.json, model.safetensors, tokenizer, README.md, ...
 
     payload: {"engine": "megatron_bridge" | "trl", "dtype": "float32" | "bfloat16"}. inputs: {"state": directory with a
     link `checkpoint`, "tokenizer": directory}, and for a state of adapters "base": like "state", of the model beneath
     them; then out/adapter holds them too (adapter.py). lineage: sealed records of all the state comes from, in order.
+    launch: "cluster", where the conversion runs.
 
     Returns {"parameters", "bytes" of the weight files, "dtype"}.
 
@@ -44,9 +53,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     base = [inputs["base"] / "checkpoint"] if "base" in inputs else []
     ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     about = json.dumps({"tokens": ids, "hf_config": described(lineage)})
-    converting(
-        "nemoflow.export.convert", checkpoint, payload["engine"], checkpoint, about, payload["dtype"], out, *base
-    )
+    arguments = payload["engine"], checkpoint, about, payload["dtype"], out, *base
+    converting("nemoflow.export.convert", checkpoint, *arguments, cluster=(launch or {}).get("cluster", HERE))
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     entries = layout.weights(out)
     if config["model_type"] == "nemotron_h":  # others have been compared with transformers' own
