@@ -1,5 +1,6 @@
 # make demo   a fresh machine with Python 3.12: installs into .venv and runs the toy chain, raw text to HF checkpoint
 # make test   everything but what is slow by nature; .ci/run adds that with make test-slow
+# make test-slurm   the cluster path on a real Slurm of this machine's own; needs root and apt
 # make bench-throughput   tokens per second beside Megatron-Bridge's own entry point
 # make bench-data   data preparation side by side with its peers; with Megatron-LM's too where MEGATRON_LM is its checkout
 
@@ -12,7 +13,7 @@ UV := $(BIN)/uv
 UV_INSTALL := $(UV) pip install --quiet --system-certs --compile-bytecode --python $(BIN)/python
 JOBS ?= 2
 
-.PHONY: demo install install-dev test test-slow lint format bench-data bench-throughput lock clean
+.PHONY: demo install install-dev test test-slow test-slurm lint format bench-data bench-throughput lock clean
 
 demo: install
 	$(BIN)/snakemake hf_export/nano3-tiny
@@ -31,10 +32,16 @@ $(VENV)/installed-dev: $(VENV)/installed envs/requirements-dev.txt
 	touch $@
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not slow and not slurm" -n $(JOBS)
 
 test-slow: install-dev
-	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pytest -m "slow and not slurm" -s
+
+# In a mount namespace of its own, so that a Slurm this machine may have is neither seen nor touched
+test-slurm: install-dev
+	command -v slurmctld >/dev/null || (apt-get update -q && apt-get install -yq --no-install-recommends munge slurm-client slurmctld slurmd)
+	mkdir -p /etc/slurm
+	unshare --mount --propagation private sh -c 'mount -t tmpfs none /etc/slurm && exec $(BIN)/python -m pytest -m slurm tests/slurm'
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ pathvars:
 
 
 include: "rules/common.smk"
+include: "rules/slurm.smk"
 
 
 rule help:

@@ -21,15 +21,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
-from nemoflow import kinds, summary
+from nemoflow import kinds, slots, slurm, summary
 from nemoflow.data.made import Made
-from nemoflow.errors import NemoflowError, Unfinished
+from nemoflow.errors import Died, NemoflowError, Unfinished
+from nemoflow.launch import HERE
 from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
 from nemoflow.store import write_atomically as write
 from nemoflow.writer import Writer, writer
 
 UNFINISHED = 75
 """Exit code of a job that left in time: EX_TEMPFAIL of sysexits.h, try again later."""
+
+REQUEUE_SECONDS = 300
+"""How long a job that Slurm is to start again waits to be ended."""
 
 DIGEST_CHECK_BYTES = 2**30
 """Inputs up to this size are read again and compared with their digests before use: about a second. Larger ones are
@@ -103,6 +107,7 @@ class Job:
         directory = self.stage.directory
         run_file = directory / "run.json"
         run = read_json(run_file) if run_file.exists() else {"attempts": []}
+        slots.close(self.stage, run["attempts"])
         number = len(run["attempts"]) + 1
         self.log = directory / "attempts" / f"{number}.log"
         entry = {
@@ -113,8 +118,10 @@ class Job:
             "pid": os.getpid(),
             "code": _revision(),
             "versions": _versions(),
-            **({"at": self.at} if self.at is not None else {}),
+            **({"at": self.at, "from": slots.reached(self.stage)} if self.at is not None else {}),
+            **self.held.slot,
         }
+        self.attempts, self.entry = run["attempts"], entry
         run["attempts"].append(entry)
         write(run_file, dump(run))
         self.log.parent.mkdir(exist_ok=True)
@@ -126,6 +133,10 @@ class Job:
         except Unfinished as left:
             entry |= {"outcome": "unfinished", "reason": str(left)}
             raise
+        except Died as error:
+            entry |= {"outcome": error.outcome, "reason": str(error)}
+            entry |= {"exclude": list(error.exclude)} if error.exclude else {}
+            raise
         except BaseException as error:
             entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
             with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
@@ -133,6 +144,8 @@ class Job:
             raise
         finally:
             entry |= {"ended": _now(), "seconds": round(time.monotonic() - begun, 1)}
+            if self.at is not None:
+                entry["reached"] = slots.reached(self.stage)
             with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
                 write(run_file, dump(run))
 
@@ -298,8 +311,11 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
                 job.say(f"done in {time.monotonic() - begun:.0f} s: {summary.line(record)}")
             publish(stage.state(args.at))
     except Unfinished as left:
+        _go_on(say, job, str(left))
         say(f"nemoflow: {job.title}: {left} (log: {job.log})")
         raise SystemExit(UNFINISHED) from None
+    except Died as error:
+        _fail(say, job, _go_on(say, job, str(error)) or str(error))
     except NemoflowError as error:
         _fail(say, job, str(error))
     except OSError as error:
@@ -316,6 +332,25 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
                 tail = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
                 args.log.parent.mkdir(parents=True, exist_ok=True)
                 write(args.log, "\n".join([f"the end of {job.log}:", *tail, ""]))
+
+
+def _go_on(say: Callable[[str], None], job: Job, what: str) -> str | None:
+    """In a Slurm job, go on in another slot: have Slurm end this one and start it again. Returns only when it does not,
+    with the reason; None outside of Slurm.
+    """
+    slot = job.held.slot.get("job")
+    if slot is None or job.at is None or job.launch.get("cluster", HERE)["launcher"] != "slurm":
+        return None
+    cap = job.launch.get("resources", {}).get("slots", slots.CAP)
+    if why := slots.why_not(job.attempts, slot["id"], cap):
+        return why
+    say(f"{job.title}: {what}; goes on in another slot")
+    try:
+        slurm.requeue(slot["id"], job.entry.get("exclude", ()))
+    except NemoflowError as error:
+        return f"{what}; {error}"
+    time.sleep(REQUEUE_SECONDS)  # Slurm ends this process
+    return f"{what}; Slurm took the request to start this job again, and did not"
 
 
 def _fail(say: Callable[[str], None], job: Job | None, message: str) -> None:

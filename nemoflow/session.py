@@ -125,6 +125,7 @@ class Session:
             return {}
         stage, cluster = self.store.load(identity), self.cluster
         asked: dict[str, int | str | None] = {"slurm_account": cluster.account, "qos": cluster.qos}
+        asked["slurm_extra"] = "--open-mode=append"  # a job's later slots write on in its log
         trained = self._trained(identity)
         gpus = trained.spec.resources.gpus_per_node if trained else int(stage.kind == "eval")
         if cluster.gpus_per_node == 0:

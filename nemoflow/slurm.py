@@ -15,7 +15,23 @@ from dataclasses import dataclass
 from nemoflow.errors import NemoflowError
 
 LIVE = frozenset(
-    ["PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "POWER_UP_NODE"]
+    [
+        "PENDING",
+        "RUNNING",
+        "SUSPENDED",
+        "CONFIGURING",
+        "COMPLETING",
+        "RESIZING",
+        "REQUEUED",
+        "REQUEUE_FED",
+        "REQUEUE_HOLD",
+        "RESV_DEL_HOLD",
+        "SIGNALING",
+        "SPECIAL_EXIT",
+        "STAGE_OUT",
+        "STOPPED",
+        "POWER_UP_NODE",
+    ]
 )
 """States of a job that is to run, runs, or whose processes may still be there."""
 
@@ -32,7 +48,7 @@ class Unreachable(NemoflowError):
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the controller sees it now; `nodes` and `end` (seconds since the epoch) are those of the present slot."""
+    """A job as the controller sees it; `nodes` and `end` (seconds since the epoch) are those of the present slot."""
 
     id: int
     state: str
@@ -95,7 +111,12 @@ def job(id: int) -> Job | None:
 def mine() -> list[Job]:
     """This user's jobs that are to run or run, in the order of their ids."""
     # By number: users in a directory server may have no name on this machine
-    return [j for j in _jobs("--states=all", f"--user={os.getuid()}") if j.live]
+    return [j for j in known().values() if j.live]
+
+
+def known() -> dict[int, Job]:
+    """This user's jobs by id: those that are to run or run, and for some minutes (MinJobAge) those that have ended."""
+    return {j.id: j for j in _jobs("--states=all", f"--user={os.getuid()}")}
 
 
 def here() -> Job | None:

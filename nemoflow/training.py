@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import kinds, launch
+from nemoflow import kinds, launch, slurm
 from nemoflow.engines import engine
-from nemoflow.errors import UNFINISHED_PREFIX, NemoflowError, Unfinished
+from nemoflow.errors import UNFINISHED_PREFIX, Died, NemoflowError, Unfinished
 from nemoflow.job import Job
 from nemoflow.progress import human
 from nemoflow.store import dump, seal
@@ -226,8 +226,9 @@ class Trajectory:
             left = [line.removeprefix(UNFINISHED_PREFIX) for line in lines if line.startswith(UNFINISHED_PREFIX)]
             if left:
                 raise Unfinished(f"stopped at {left[-1]}; the same command goes on")
-            raise NemoflowError(f"the trainer ended without error before iteration {at}, and without its checkpoint")
-        raise NemoflowError(reason(lines, "the trainer") or f"the trainer failed with exit code {code}")
+            raise Died(f"the trainer ended without error before iteration {at}, and without its checkpoint")
+        why = reason(lines, "the trainer") or f"the trainer failed with exit code {code}"
+        raise (NemoflowError if any(line.startswith(ERROR_PREFIX) for line in lines) else Died)(why)
 
     def _run(self, started: launch.Launch, reached: int) -> int:
         """The exit code of the trainer; it dies with this process, on an interrupt too."""
@@ -286,13 +287,13 @@ def asking(stop_file: Path) -> Iterator[None]:
 
 def deadline() -> float | None:
     """When this job is ended from outside, in seconds since the epoch: NEMOFLOW_DEADLINE, else what Slurm says."""
-    for name in ("NEMOFLOW_DEADLINE", "SLURM_JOB_END_TIME"):
-        if value := os.environ.get(name):
-            try:
-                return float(value)
-            except ValueError:
-                raise NemoflowError(f"{name}: {value}: must be in seconds since the epoch") from None
-    return None
+    if value := os.environ.get("NEMOFLOW_DEADLINE"):
+        try:
+            return float(value)
+        except ValueError:
+            raise NemoflowError(f"NEMOFLOW_DEADLINE: {value}: must be in seconds since the epoch") from None
+    job = slurm.here()
+    return job.end if job else None
 
 
 class _Progress:

@@ -1,7 +1,9 @@
 """One writer: the lock that a stage's directory has while a job works in it.
 
-The owner is a process on a host: pid and start time, so that a reused pid is not taken for it. A live owner is waited
-for; a dead one's lock is taken over; an owner on another host cannot be judged from here and is refused.
+The owner is a process on a host: pid and start time, so that a reused pid is not taken for it. In a Slurm job it is
+that job too, in its present slot: id and restart count, so that another host can ask Slurm whether it lives. A live
+owner is waited for; a dead one's lock is taken over; an owner on another host and in no job cannot be judged from here
+and is refused. So is, inside an allocation, a live job: GPUs are not held to wait.
 """
 
 import contextlib
@@ -15,9 +17,16 @@ from pathlib import Path
 
 import psutil
 
+from nemoflow import slurm
 from nemoflow.errors import NemoflowError
 
 POLL_SECONDS = 0.5
+
+SLURM_SECONDS = 5
+"""Between two questions to Slurm."""
+
+PATIENCE_SECONDS = 300
+"""How long a job waits for another job that holds the lock to end, and for Slurm to answer."""
 
 
 def _process(pid: int) -> dict:
@@ -32,12 +41,30 @@ def _alive(process: dict) -> bool:
         return False
 
 
-class Writer:
-    """The held lock of a directory."""
+def _judged(owner: dict, mine: dict) -> bool | None:
+    """Whether the owner of a lock lives; None when nobody here can tell. Raises Unreachable when Slurm is silent."""
+    if owner["host"] == mine["host"] and any(map(_alive, owner["processes"])):
+        return True
+    job = owner.get("job")
+    if job is None or job == mine.get("job"):
+        return False if owner["host"] == mine["host"] else None
+    found = slurm.job(job["id"])
+    return found is not None and found.live and found.restarts == job["restarts"]
 
-    def __init__(self, path: Path):
+
+class Writer:
+    """The held lock of a directory; `job` is the Slurm job that this process runs in."""
+
+    def __init__(self, path: Path, job: slurm.Job | None = None):
         self._path = path
         self._owner = {"host": platform.node(), "processes": [_process(os.getpid())]}
+        if job is not None:
+            self._owner["job"] = {"id": job.id, "restarts": job.restarts}
+
+    @property
+    def slot(self) -> dict:
+        """The Slurm job and its restart count, for records; {} outside of one."""
+        return {"job": self._owner["job"]} if "job" in self._owner else {}
 
     def add_process(self, pid: int) -> None:
         """Name a child as owner too: while it lives, the lock is held, also when this process is killed."""
@@ -54,7 +81,10 @@ class Writer:
             file.truncate(len(text))
 
     def try_to_take(self) -> dict | None:
-        """Take the lock; None when taken, else its live owner. Raises NemoflowError for an owner on another host."""
+        """Take the lock; None when taken, else its live owner.
+
+        Raises NemoflowError for an owner on another host in no job, Unreachable when Slurm must be asked and is silent.
+        """
         with self._path.open("a+", encoding="utf-8") as file:
             # Held only for the moment of looking and taking; the kernel drops it when this process dies.
             fcntl.lockf(file, fcntl.LOCK_EX)
@@ -64,12 +94,13 @@ class Writer:
                 owner = json.loads(text) if text else None
             except ValueError:
                 owner = None  # the machine went down while it was written
-            if owner and owner["host"] != self._owner["host"]:
+            alive = owner and _judged(owner, self._owner)
+            if alive is None and owner:
                 raise NemoflowError(
                     f"{self._path}: held by a job on {owner['host']}, which {self._owner['host']} cannot ask; "
                     "if that job is gone, delete this file"
                 )
-            if owner and any(map(_alive, owner["processes"])):
+            if alive:
                 return owner
             file.seek(0)
             file.truncate()
@@ -85,17 +116,44 @@ class Writer:
 
 @contextlib.contextmanager
 def writer(directory: Path, waiting: Callable[[str], None]) -> Iterator[Writer]:
-    """Hold the directory's lock; wait while another job works there, saying so once through `waiting`."""
+    """Hold the directory's lock; wait while another job works there, saying so once through `waiting`.
+
+    Raises NemoflowError for an owner that nobody here can judge, and in a Slurm job for one that does not end.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    held = Writer(directory / "lock")
+    begun = time.monotonic()
+    job = _patiently(slurm.here, waiting, begun)
+    held = Writer(directory / "lock", job)
     told = False
-    while (owner := held.try_to_take()) is not None:
+    while (owner := _patiently(held.try_to_take, waiting, begun)) is not None:
+        other = owner.get("job")
+        if job and other and time.monotonic() - begun > PATIENCE_SECONDS:
+            raise NemoflowError(
+                f"{directory}: Slurm job {other['id']} is working on this, and job {job.id} does not hold its nodes to "
+                "wait for it; the same command waits outside of any job"
+            )
         if not told:
             alive = next(filter(_alive, owner["processes"]), owner["processes"][0])
-            waiting(f"another run is working on this (process {alive['pid']}); waiting for it")
+            who = f"Slurm job {other['id']}" if other else f"process {alive['pid']}"
+            waiting(f"another run is working on this ({who}); waiting for it")
             told = True
-        time.sleep(POLL_SECONDS)
+        time.sleep(SLURM_SECONDS if other else POLL_SECONDS)
     try:
         yield held
     finally:
         held.release()
+
+
+def _patiently(ask: Callable, waiting: Callable[[str], None], begun: float):
+    """What `ask` answers, once Slurm does; raises its Unreachable after some minutes."""
+    told = False
+    while True:
+        try:
+            return ask()
+        except slurm.Unreachable as error:
+            if time.monotonic() - begun > PATIENCE_SECONDS:
+                raise
+            if not told:
+                waiting(f"{error}; waiting for it")
+                told = True
+            time.sleep(SLURM_SECONDS)

@@ -144,7 +144,7 @@ def asked(resource, otherwise=None):
 DATA_JOB = {
     "title": title,
     "launcher": launcher,
-    **{key: asked(key) for key in ("slurm_account", "slurm_partition", "qos")},
+    **{key: asked(key) for key in ("slurm_account", "slurm_partition", "qos", "slurm_extra")},
 }
 # Of jobs that train or convert models: they launch processes of their own, so the script runs once, in the batch shell.
 MODEL_JOB = (

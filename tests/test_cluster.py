@@ -91,10 +91,15 @@ def test_what_jobs_ask_slurm_for(tmp_path):
     text = "{account: llm, partition: gpu, cpu_partition: cpu, gpu: h100, gpus_per_node: 8, cpus_per_gpu: 6, stages: "
     text += "{phase1: {nodes: 2, gpus_per_node: 4, time: 90m, memory: 500}}}"
     found = submissions(tmp_path, described(tmp_path, text))
-    assert found["shards of topics"] == {"slurm_account": "llm", "slurm_partition": "cpu"}
+    assert found["shards of topics"] == {
+        "slurm_account": "llm",
+        "slurm_partition": "cpu",
+        "slurm_extra": "--open-mode=append",
+    }
     assert found["pretrain phase1 of nano3-tiny"] == {
         "slurm_account": "llm",
         "slurm_partition": "gpu",
+        "slurm_extra": "--open-mode=append",
         "mpi": "srun",
         "nodes": 2,
         "tasks_per_node": 4,

@@ -360,7 +360,7 @@ def start(command: list[str], **environment) -> subprocess.Popen:
 def test_a_job_that_left_in_time_is_unfinished_and_the_same_command_goes_on(phase1):
     directory, command = phase1
     ends = int(time.time()) + 1000
-    child = start(command, SLURM_JOB_END_TIME=str(ends))
+    child = start(command, NEMOFLOW_DEADLINE=str(ends))
     while not training.metrics(directory / "metrics.jsonl"):
         time.sleep(0.05)
     child.send_signal(signal.SIGUSR1)

@@ -1,0 +1,53 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import Box
+from graph import BASE, Work
+
+PORT = 16900
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("slurm")
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory) -> Iterator[Box]:
+    """A running Slurm."""
+    box = Box(tmp_path_factory.mktemp("box"), PORT)
+    try:
+        box.start()
+        yield box
+    finally:
+        box.stop()
+
+
+class OnSlurm(Work):
+    """A work directory whose jobs go to Slurm."""
+
+    def _command(self, *args: str) -> dict:
+        found = super()._command(*args)
+        return found | {"args": [*found["args"], "--profile", str(BASE / "profiles/slurm")]}
+
+
+def on_slurm(work: Work, path: Path) -> OnSlurm:
+    copy = work.copy(path)
+    (path / "cluster.yaml").write_text("{gpu: h100, partition: batch, cpus_per_gpu: 1}\n")
+    return OnSlurm(copy.path, copy.checkout)
+
+
+@pytest.fixture(scope="session")
+def with_data(tmp_path_factory) -> Work:
+    """The demo with the data of its stages made, without Slurm: what is tested is training."""
+    work = Work.new(tmp_path_factory.mktemp("data") / "work")
+    work.run("data/demo")
+    return work
+
+
+@pytest.fixture
+def demo(slurm: Box, with_data: Work, tmp_path: Path) -> OnSlurm:  # noqa: ARG001 - it runs
+    """A copy of the demo with its data, to be trained through Slurm."""
+    return on_slurm(with_data, tmp_path / "work")

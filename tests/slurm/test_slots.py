@@ -1,0 +1,85 @@
+"""Trainings in slots, on a real Slurm: each ends complete, goes on where it stopped, and is no job twice."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+from box import Box, wait
+
+
+def attempts(trajectory: Path) -> list[dict]:
+    return json.loads((trajectory / "run.json").read_text())["attempts"]
+
+
+def the_trajectory(demo, kind: str = "pretrain") -> Path:
+    return wait(lambda: next(iter((demo.path / f"artifacts/{kind}").glob("*/run.json")), None), "training").parent
+
+
+def never_lost(demo, trajectory: Path, interval: int = 5) -> None:
+    """No iteration was trained again but those after the last checkpoint."""
+    trained = demo.iterations(trajectory)
+    for before, after in zip(trained, trained[1:], strict=False):
+        assert after == before + 1 or after == before // interval * interval + 1, trained
+
+
+def test_a_rank_that_is_killed_goes_on_in_the_same_job(slurm: Box, demo):
+    demo.set("phase1", overrides={"sleep.seconds": 0.3})
+    before = slurm.jobs()
+    child = demo.start("pretrain/demo@phase1")
+    trajectory = demo.wait_for("pretrain", 8, seconds=90)
+    demo.owners(trajectory)[-1].send_signal(signal.SIGKILL)
+    said, _ = child.communicate(timeout=180)
+    assert child.returncode == 0, said
+    assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
+    assert [(a["from"], a["reached"]) for a in attempts(trajectory)] == [(0, 5), (5, 20)]
+    (job,) = slurm.jobs().keys() - before.keys()
+    assert [a["job"] for a in attempts(trajectory)] == [{"id": job, "restarts": 0}, {"id": job, "restarts": 1}]
+    never_lost(demo, trajectory)
+    assert (trajectory / "attempts/1.log").exists()
+    assert (trajectory / "attempts/2.log").exists()
+
+
+def test_two_slots_without_progress_end_it(slurm: Box, demo):
+    demo.set("phase1", overrides={"sleep.end_at": 3})
+    before = slurm.jobs()
+    done = demo.snakemake("pretrain/demo@phase1")
+    assert done.returncode == 1
+    assert "two slots in a row saved nothing beyond iteration 0" in done.stdout
+    assert len(slurm.jobs().keys() - before.keys()) == 1
+
+
+def test_what_a_person_has_to_mend_does_not_go_on(slurm: Box, demo):
+    demo.set("phase1", overrides={"sleep.fail_at": 8})
+    done = demo.snakemake("pretrain/demo@phase1")
+    assert done.returncode == 1
+    assert "told to fail at 8" in done.stdout
+    assert [a["outcome"] for a in attempts(the_trajectory(demo))] == ["failed"]
+
+
+def test_the_whole_job_killed_goes_on(slurm: Box, demo):
+    """As when memory runs out, or a node reboots: nothing in the job could say anything."""
+    demo.set("phase1", overrides={"sleep.seconds": 0.3})
+    child = demo.start("pretrain/demo@phase1")
+    trajectory = demo.wait_for("pretrain", 8, seconds=90)
+    job = json.loads((trajectory / "lock").read_text())["job"]["id"]
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("SLURM_JOB_ID") == str(job) and process.pid != os.getpid():
+            process.kill()
+    said, _ = child.communicate(timeout=180)
+    assert child.returncode == 0, said
+    assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
+    never_lost(demo, trajectory)
+
+
+def test_scancel_stops_the_job_and_the_same_command_goes_on(slurm: Box, demo):
+    demo.set("phase1", overrides={"sleep.seconds": 0.3})
+    child = demo.start("pretrain/demo@phase1")
+    trajectory = demo.wait_for("pretrain", 8, seconds=90)
+    slurm.run("scancel", str(json.loads((trajectory / "lock").read_text())["job"]["id"]))
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 1, said
+    assert "the same command goes on from there" in said
+    demo.run("pretrain/demo@phase1")
+    never_lost(demo, trajectory)
