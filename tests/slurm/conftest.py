@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,12 @@ class OnSlurm(Work):
     def _command(self, *args: str) -> dict:
         found = super()._command(*args)
         return found | {"args": [*found["args"], "--profile", str(BASE / "profiles/slurm")]}
+
+    def check_never_lost(self, trajectory: Path, interval: int = 5) -> None:
+        """Fail when an iteration was trained again that a checkpoint, one every `interval`, held."""
+        trained = self.iterations(trajectory)
+        for before, after in itertools.pairwise(trained):
+            assert after == before + 1 or after == before // interval * interval + 1, trained
 
 
 def on_slurm(work: Work, path: Path) -> OnSlurm:

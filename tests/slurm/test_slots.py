@@ -17,13 +17,6 @@ def the_trajectory(demo, kind: str = "pretrain") -> Path:
     return wait(lambda: next(iter((demo.path / f"artifacts/{kind}").glob("*/run.json")), None), "training").parent
 
 
-def never_lost(demo, trajectory: Path, interval: int = 5) -> None:
-    """No iteration was trained again but those after the last checkpoint."""
-    trained = demo.iterations(trajectory)
-    for before, after in zip(trained, trained[1:], strict=False):
-        assert after == before + 1 or after == before // interval * interval + 1, trained
-
-
 def test_a_rank_that_is_killed_goes_on_in_the_same_job(slurm: Box, demo):
     demo.set("phase1", overrides={"sleep.seconds": 0.3})
     before = slurm.jobs()
@@ -36,7 +29,7 @@ def test_a_rank_that_is_killed_goes_on_in_the_same_job(slurm: Box, demo):
     assert [(a["from"], a["reached"]) for a in attempts(trajectory)] == [(0, 5), (5, 20)]
     (job,) = slurm.jobs().keys() - before.keys()
     assert [a["job"] for a in attempts(trajectory)] == [{"id": job, "restarts": 0}, {"id": job, "restarts": 1}]
-    never_lost(demo, trajectory)
+    demo.check_never_lost(trajectory)
     assert (trajectory / "attempts/1.log").exists()
     assert (trajectory / "attempts/2.log").exists()
 
@@ -50,7 +43,7 @@ def test_two_slots_without_progress_end_it(slurm: Box, demo):
     assert len(slurm.jobs().keys() - before.keys()) == 1
 
 
-def test_what_a_person_has_to_mend_does_not_go_on(slurm: Box, demo):
+def test_what_a_person_has_to_mend_does_not_go_on(demo):
     demo.set("phase1", overrides={"sleep.fail_at": 8})
     done = demo.snakemake("pretrain/demo@phase1")
     assert done.returncode == 1
@@ -58,7 +51,7 @@ def test_what_a_person_has_to_mend_does_not_go_on(slurm: Box, demo):
     assert [a["outcome"] for a in attempts(the_trajectory(demo))] == ["failed"]
 
 
-def test_the_whole_job_killed_goes_on(slurm: Box, demo):
+def test_the_whole_job_killed_goes_on(demo):
     """As when memory runs out, or a node reboots: nothing in the job could say anything."""
     demo.set("phase1", overrides={"sleep.seconds": 0.3})
     child = demo.start("pretrain/demo@phase1")
@@ -70,7 +63,7 @@ def test_the_whole_job_killed_goes_on(slurm: Box, demo):
     said, _ = child.communicate(timeout=180)
     assert child.returncode == 0, said
     assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
-    never_lost(demo, trajectory)
+    demo.check_never_lost(trajectory)
 
 
 def test_scancel_stops_the_job_and_the_same_command_goes_on(slurm: Box, demo):
@@ -82,4 +75,4 @@ def test_scancel_stops_the_job_and_the_same_command_goes_on(slurm: Box, demo):
     assert child.returncode == 1, said
     assert "the same command goes on from there" in said
     demo.run("pretrain/demo@phase1")
-    never_lost(demo, trajectory)
+    demo.check_never_lost(trajectory)
