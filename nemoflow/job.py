@@ -118,7 +118,7 @@ class Job:
             "pid": os.getpid(),
             "code": _revision(),
             "versions": _versions(),
-            **({"at": self.at, "from": slots.reached(self.stage)} if self.at is not None else {}),
+            **self._planned(),
             **self.held.slot,
         }
         self.attempts, self.entry = run["attempts"], entry
@@ -148,6 +148,14 @@ class Job:
                 entry["reached"] = slots.reached(self.stage)
             with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
                 write(run_file, dump(run))
+
+    def _planned(self) -> dict:
+        """Of a training: the state it is for, the iteration it starts from, and the GPUs (or processes) it holds."""
+        if self.at is None:
+            return {}
+        resources = self.launch.get("resources", {})
+        gpus = resources.get("nodes", 1) * resources.get("gpus_per_node", 1)
+        return {"at": self.at, "from": slots.reached(self.stage), "gpus": gpus}
 
     def input(self, role: str) -> Path | None:
         """The directory of the input with this role; None when the stage has none."""

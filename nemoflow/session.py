@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import canonical, kinds, summary
+from nemoflow import canonical, costs, kinds, slurm, summary
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.engines import engine
@@ -227,7 +227,51 @@ class Session:
         if not stage.trained:
             return f"new{self._needs(stage)}"
         layout = self._layout(identity)
-        return self._progress(stage, at) + (f"; {layout}" if layout else "")
+        line = self._progress(stage, at) + (f"; {layout}" if layout else "")
+        if (found := self.cost(identity, at)) is None:
+            return line
+        resources = self._trained(identity).spec.resources
+        size = f"{resources.nodes} x {resources.gpus_per_node} {resources.gpu or 'GPUs'}"
+        return f"{line}; {size}, slots of {resources.time}, {found}"
+
+    def cost(self, identity: str, at: int | None) -> costs.Cost | None:
+        """What a training to `at` takes of a cluster's GPUs; None for other jobs, and where there are none."""
+        if self.cluster is None or self.cluster.gpus_per_node == 0 or at is None:
+            return None
+        stage, trained = self.store.load(identity), self._trained(identity)
+        return costs.cost(stage, at, trained.spec.resources) if trained and stage.sealed(at) is None else None
+
+    def check_cluster(self, needed: Iterable[str]) -> str | None:
+        """Refuse what no node of its partition can hold. `needed`: identities of stages to be made.
+
+        Returns what could not be checked. Raises NemoflowError naming stage, resource and limit.
+        """
+        if self.cluster is None:
+            return None
+        try:
+            there = slurm.partitions()
+        except slurm.Unreachable as error:
+            return f"not compared with the limits of partitions: {error}"
+        for identity in needed:
+            for key, wrong in costs.problems(self.submission(identity), there):
+                trained = self._trained(identity)
+                where = f"stages[{trained.spec.name}].resources.{key}" if trained else key
+                raise NemoflowError(f"{self.title(identity)}: {where}: {wrong}; change it there or in cluster.yaml")
+        return None
+
+    def check_budget(self, found: list[costs.Cost], approved: float | str) -> None:
+        """Refuse to begin what takes more GPU-hours than the cluster's budget, and than `approved`."""
+        try:
+            approved = float(approved)
+        except ValueError:
+            raise NemoflowError(f"--config approve={approved}: write a number of GPU-hours") from None
+        budget, planned = self.cluster and self.cluster.budget, costs.total(found)
+        if budget is not None and planned.gpu_hours > max(budget, approved):
+            hours = -(-int(planned.gpu_hours * 100) // 100)
+            raise NemoflowError(
+                f"{planned}, and the budget in cluster.yaml is {budget:,}; to begin all the same, add "
+                f"--config approve={max(hours, 1)}"
+            )
 
     def _needs(self, stage: Stage) -> str:
         """What an export takes, where that is more than any machine has."""

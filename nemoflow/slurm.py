@@ -76,6 +76,7 @@ class Partition:
     cpus: int
     memory: int
     gpus: dict[str, int]
+    default: bool = False
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:
@@ -223,13 +224,14 @@ def partitions() -> dict[str, Partition]:
         limits[fields["PartitionName"]] = (
             _seconds(fields["MaxTime"]),
             int(fields["MaxNodes"]) if fields["MaxNodes"].isdigit() else None,
+            fields.get("Default") == "YES",
         )
     nodes: dict[str, list[list[str]]] = {name: [] for name in limits}
     for line in _ask("sinfo", "--exact", "--noheader", f"--format={_SEPARATOR.join(['%R', '%D', '%c', '%m', '%G'])}"):
         name, *numbers = line.split(_SEPARATOR)
         nodes[name].append(numbers)
     found = {}
-    for name, (max_time, max_nodes) in limits.items():
+    for name, (max_time, max_nodes, default) in limits.items():
         rows = nodes[name]
         gpus: dict[str, int] = {}
         for row in rows:
@@ -243,6 +245,7 @@ def partitions() -> dict[str, Partition]:
             cpus=max((int(row[1]) for row in rows), default=0),
             memory=max((int(row[2]) for row in rows), default=0),
             gpus=gpus,
+            default=default,
         )
     return found
 

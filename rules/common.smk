@@ -14,7 +14,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 BASE = Path(workflow.current_basedir).parent
 sys.path.insert(0, str(BASE))
 
-from nemoflow import cluster
+from nemoflow import cluster, costs
 from nemoflow.errors import NemoflowError
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS
@@ -167,17 +167,24 @@ class Plan(logging.Handler):
         order = session.order()
         jobs.sort(key=lambda job: order.get((job.wildcards.id, number(job.wildcards)), len(order)))
         if jobs:
-            clearly(session.check_raw_files, [job.wildcards.id for job in jobs])
-            lines = []
+            identities = list(dict.fromkeys(job.wildcards.id for job in jobs))
+            clearly(session.check_raw_files, identities)
+            lines, hours = [], []
             for needed in jobs:
                 if needed.rule.name == "seal":
                     lines.append(f"  digests of {title(needed.wildcards)}: new")
                     continue
                 key = needed.wildcards.id, number(needed.wildcards)
                 lines.append(f"  {title(needed.wildcards)}: {clearly(session.plan, *key)}")
+                hours += [cost] if (cost := clearly(session.cost, *key)) else []
                 epochs = clearly(session.epochs, *key)
                 lines += textwrap.wrap(epochs, 110, initial_indent="      ", subsequent_indent=" " * 14)
+            if hours:
+                lines.append(f"  in all {costs.total(hours)}")
+            if unchecked := clearly(session.check_cluster, identities):
+                lines.append(f"  {unchecked}")
             logger.info("\n".join(["Plan:", *lines, ""]))
+            clearly(session.check_budget, hours, config.get("approve", 0))
         if (
             not workflow.dryrun
         ):  # here and not in onstart, which a workflow using this one as a module does not take over
