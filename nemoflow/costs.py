@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from nemoflow import recipe as grammar
 from nemoflow import slots
+from nemoflow.progress import seconds
 from nemoflow.slurm import Partition
 from nemoflow.store import Stage, read_json
 
@@ -41,7 +42,7 @@ def cost(stage: Stage, at: int, resources: grammar.Resources) -> Cost:
         each = sum(a["seconds"] * a["gpus"] for a in counted) / sum(a["reached"] - a["from"] for a in counted)
         return Cost(each * left / 3600, True)
     gpus = resources.nodes * resources.gpus_per_node
-    return Cost(gpus * grammar.seconds(resources.time) / 3600 * resources.slots, False)
+    return Cost(gpus * seconds(resources.time) / 3600 * resources.slots, False)
 
 
 def total(costs: list[Cost]) -> Cost:

@@ -1,5 +1,6 @@
 """Long work on many files: several at a time, with lines that say how many, how fast, how long still."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -95,3 +96,11 @@ def in_threads(work: Callable[..., Any], arguments: Sequence[tuple], threads: in
     for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
         raise error
     return [future.result() for future in futures]
+
+
+def seconds(text: str) -> int:
+    """The seconds of a time such as 4h, 90m, 30s or 1d12h; 0 for what is none."""
+    if not (match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)):
+        return 0
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from nemoflow.errors import NemoflowError
+from nemoflow.progress import seconds
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _NUMBER_IN_DISGUISE = re.compile(r"^([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)$")
@@ -81,18 +82,10 @@ def _tokens(value: Any) -> int:
 
 
 def _time(value: Any) -> str:
-    """A wall time such as 4h, 90m or 1d12h."""
+    """A time such as 4h, 90m or 1d12h."""
     if not isinstance(value, str) or seconds(value) <= 0:
-        raise ValueError("give a wall time such as 4h, 90m or 1d12h")
+        raise ValueError("give a time such as 4h, 90m or 1d12h")
     return value
-
-
-def seconds(time: str) -> int:
-    """The seconds of a wall time such as 4h, 90m or 1d12h; 0 for what is none."""
-    if not (match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", time)):
-        return 0
-    days, hours, minutes = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60
 
 
 def _stage_name(value: str) -> str:
@@ -136,7 +129,9 @@ Tokens = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^[\d_.]+ ?[KMBT]?$"}]}
     ),
 ]
-Time = Annotated[str, BeforeValidator(_time), WithJsonSchema({"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?$"})]
+Time = Annotated[
+    str, BeforeValidator(_time), WithJsonSchema({"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"})
+]
 Name = Annotated[str, AfterValidator(_stage_name)]
 OverrideKey = Annotated[str, AfterValidator(_override_key)]
 Overrides = dict[OverrideKey, Any]
@@ -354,6 +349,10 @@ class Guard(Model):
     """Times its running median that the loss may reach; null: no limit."""
     patience: Annotated[int, Field(gt=0)] = 20
     """Iterations in a row that it may stay above."""
+    hang: Weight | None = "20"
+    """Times its median iteration that a training may give no sign of life, before it counts as hung; null: no limit."""
+    hang_least: Time = "10m"
+    """How long it may be still in any case; six times that while it starts."""
 
 
 class _Named(Model):

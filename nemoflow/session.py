@@ -17,7 +17,7 @@ from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError
-from nemoflow.progress import human
+from nemoflow.progress import human, seconds
 from nemoflow.stages import VIEWS, Recipe, Target, Trained
 from nemoflow.store import Stage, Store, dump, read_json, write_atomically
 
@@ -138,7 +138,7 @@ class Session:
             resources = trained.spec.resources
             # The plugin takes no single task per node for MPI; of the tasks only their processors are used
             asked |= {"nodes": resources.nodes, "tasks_per_node": max(2, resources.gpus_per_node)}
-            asked["runtime"] = grammar.seconds(resources.time) // 60
+            asked["runtime"] = max(1, seconds(resources.time) // 60)
             asked["mem_mb"] = resources.memory and resources.memory * 1000
         if gpus:
             gpu = trained.spec.resources.gpu if trained else cluster.gpu

@@ -16,15 +16,21 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import kinds, launch, slurm
+from nemoflow import hang, kinds, launch, slurm
 from nemoflow.engines import engine
 from nemoflow.errors import UNFINISHED_PREFIX, Died, NemoflowError, Unfinished
 from nemoflow.job import Job
-from nemoflow.progress import human
+from nemoflow.progress import human, seconds
 from nemoflow.store import dump, seal
 from nemoflow.store import write_atomically as write
 
 POLL_SECONDS = 0.2
+GUARD = {"spike": "3", "patience": 20, "hang": "20", "hang_least": "10m"}
+"""What a recipe's `guard` says by default, for who runs a stage without one."""
+
+STACKS_SECONDS = 300
+"""For the stacks of all processes of a training that hangs."""
+
 SHOW_SECONDS = 10
 """At most one progress line in this time."""
 
@@ -89,7 +95,7 @@ class Trajectory:
     def request(self) -> dict:
         """What the trainer is told; every path absolute."""
         payload, launch = self.payload, self.job.launch
-        guard = launch.get("guard", {"spike": "3", "patience": 20})
+        guard = GUARD | launch.get("guard", {})
         data = self.job.input("data").resolve()
         request = {
             "kind": payload["kind"],
@@ -240,7 +246,39 @@ class Trajectory:
             while (code := child.poll()) is None:
                 time.sleep(POLL_SECONDS)
                 progress.show()
+                if (still := progress.pulse.still()) is not None:
+                    raise self._hung(still)
             return code
+
+    def _hung(self, still: float) -> Died:
+        """What to say of a training that stands still, having written down what its processes do."""
+        job, resources = self.job, self.job.launch.get("resources", {})
+        on_slurm = job.launch.get("cluster", launch.HERE)["launcher"] == "slurm"
+        nodes = len(found.nodes) if on_slurm and (found := slurm.here()) else resources.get("nodes", 1)
+        command = hang.command((self.directory / "request.json").resolve(), nodes, on_slurm)
+        path = job.log.with_suffix(".stacks.txt")
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                subprocess.run(
+                    command,
+                    env=environment(),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    timeout=STACKS_SECONDS,
+                )
+        except subprocess.TimeoutExpired:
+            print("the stacks of some processes could not be read in time", flush=True)
+        node = hang.suspect(path.read_text(encoding="utf-8", errors="replace"))
+        job.entry["suspect"] = node
+        before = [a.get("suspect") for a in job.attempts[:-1] if a.get("outcome") == "hung"]
+        again = node is not None and node in before
+        where = f"; {node} is where it hangs{', again' if again else ''}" if node else ""
+        return Died(
+            f"hung: no sign of life for {still:.0f} s{where}; what its processes did: {path}",
+            "hung",
+            (node,) if again else (),
+        )
 
 
 def environment() -> dict[str, str]:
@@ -305,6 +343,9 @@ class _Progress:
         self.position = self.path.stat().st_size if self.path.exists() else 0
         self.begun: float | None = None
         self.shown = time.monotonic()
+        guard = GUARD | trajectory.job.launch.get("guard", {})
+        times = guard["hang"]
+        self.pulse = hang.Pulse(times and float(Fraction(times)), seconds(guard["hang_least"]))
 
     def show(self) -> None:
         if not self.path.exists():
@@ -320,6 +361,7 @@ class _Progress:
         self.position += len(whole)
         entries = [json.loads(line) for line in whole.splitlines()]
         trained = [e for e in entries if "loss" in e or "reward" in e]
+        self.pulse.beat(trained[-1]["iteration"] if trained else None)
         if not trained:
             return
         entry, now = trained[-1], time.monotonic()

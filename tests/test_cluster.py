@@ -6,7 +6,8 @@ import pytest
 
 from nemoflow import cluster
 from nemoflow.errors import NemoflowError
-from nemoflow.recipe import Resources, seconds
+from nemoflow.progress import seconds
+from nemoflow.recipe import Resources
 from nemoflow.session import Session
 
 RECIPES = [Path(__file__).resolve().parents[1] / "config/recipes"]
@@ -32,7 +33,7 @@ def test_without_a_file_slurm_decides(tmp_path):
         ("container: {mounts: [data]}", "container.mounts[0]: 'data': write /PATH, or /HOST/PATH:/CONTAINER/PATH"),
         ("env: {HF_TOKEN: abc}", "env.HF_TOKEN: 'abc': secrets do not stand in files; export it"),
         ("env: {2X: a}", "env.2X: 'a': is no name of an environment variable"),
-        ("stages: {sft: {time: 90}}", "stages.sft.time: 90: give a wall time such as 4h, 90m or 1d12h"),
+        ("stages: {sft: {time: 90}}", "stages.sft.time: 90: give a time such as 4h, 90m or 1d12h"),
         ("stages: {sft: {gpus: 8}}", "stages.sft.gpus: unknown key; did you mean 'gpu'?"),
         ("budget: 0", "budget: 0: input should be greater than 0"),
     ],
@@ -44,8 +45,8 @@ def test_what_is_wrong_is_named(tmp_path, text, error):
 
 
 def test_wall_times_in_seconds():
-    assert [seconds(t) for t in ("4h", "90m", "1d12h", "1d2h3m", "", "4", "h")] == [
-        14400, 5400, 129600, 93780, 0, 0, 0,
+    assert [seconds(t) for t in ("4h", "90m", "1d12h", "1d2h3m", "30s", "", "4", "h")] == [
+        14400, 5400, 129600, 93780, 30, 0, 0, 0,
     ]  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def test_what_is_no_identity_goes_beside_the_artifact():
     session.prepare()
     launch = json.loads((trajectory("phase1").directory / "launch.json").read_text())
     assert launch == {
-        "guard": {"patience": 20, "spike": "3"},
+        "guard": {"hang": "20", "hang_least": "10m", "patience": 20, "spike": "3"},
         "keep": {"every": None, "last": 2},
         "overrides": {"sleep.seconds": 3},
         "cluster": {"launcher": "here"},

@@ -76,3 +76,66 @@ def test_scancel_stops_the_job_and_the_same_command_goes_on(slurm: Box, demo):
     assert "the same command goes on from there" in said
     demo.run("pretrain/demo@phase1")
     demo.check_never_lost(trajectory)
+
+
+def test_a_rank_that_hangs_is_looked_at_ended_and_gone_on_with(demo):
+    demo.set("phase1", overrides={"sleep.seconds": 0.3}, guard={"hang_least": "8s"})
+    child = demo.start("pretrain/demo@phase1")
+    trajectory = demo.wait_for("pretrain", 8, seconds=90)
+    demo.owners(trajectory)[-1].suspend()
+    said, _ = child.communicate(timeout=240)
+    assert child.returncode == 0, said
+    assert "hung: no sign of life for" in said
+    hung, done = attempts(trajectory)
+    assert (hung["outcome"], done["outcome"]) == ("hung", "done")
+    assert hung["suspect"] in Box.nodes
+    stacks = (trajectory / "attempts/1.stacks.txt").read_text()
+    assert "(stopped)" in stacks
+    assert "main (sleep_engine.py" in stacks
+    demo.check_never_lost(trajectory)
+
+
+def test_the_time_limit_three_times(slurm: Box, demo):
+    """Slurm ends it, which this engine does not see coming, and one command sees it through."""
+    demo.set("phase1", overrides={"sleep.seconds": 12}, resources={"time": "1m"}, save_interval=1)
+    before = slurm.jobs()
+    done = demo.start("pretrain/demo@phase1")
+    said, _ = done.communicate(timeout=500)
+    assert done.returncode == 0, said
+    trajectory = the_trajectory(demo)
+    outcomes = [a["outcome"] for a in attempts(trajectory)]
+    assert outcomes[-1] == "done"
+    assert len(outcomes) >= 4
+    assert set(outcomes[:-1]) == {"died"}
+    assert len(slurm.jobs().keys() - before.keys()) == 1
+    demo.check_never_lost(trajectory, interval=1)
+
+
+def test_preempted_by_a_more_urgent_job(slurm: Box, demo):
+    demo.set("phase1", overrides={"sleep.seconds": 0.5})
+    before = slurm.jobs()
+    child = demo.start("pretrain/demo@phase1")
+    trajectory = demo.wait_for("pretrain", 8, seconds=90)
+    slurm.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-t1", "-o/dev/null", "--wrap=sleep 10")
+    said, _ = child.communicate(timeout=240)
+    assert child.returncode == 0, said
+    assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
+    assert len(slurm.jobs().keys() - before.keys()) == 2
+    demo.check_never_lost(trajectory)
+
+
+def test_a_node_that_fails(slurm: Box, demo):
+    demo.set("phase1", overrides={"sleep.seconds": 0.5})
+    child = demo.start("pretrain/demo@phase1")
+    trajectory = demo.wait_for("pretrain", 8, seconds=90)
+    job = json.loads((trajectory / "lock").read_text())["job"]["id"]
+    node = slurm.run("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+    slurm.down(node)
+    try:
+        said, _ = child.communicate(timeout=240)
+    finally:
+        slurm.up(node)
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    assert child.returncode == 0, said
+    assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
+    demo.check_never_lost(trajectory)
