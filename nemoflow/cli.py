@@ -5,9 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from nemoflow import locks
+from nemoflow import locks, verify
 from nemoflow import recipe as grammar
 from nemoflow.errors import NemoflowError
+from nemoflow.lineage import diff as lineage_diff
+from nemoflow.lineage import trace as lineage_trace
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS, Recipe
 from nemoflow.store import Stage, Store
@@ -115,6 +117,18 @@ def graph(args: argparse.Namespace) -> None:
     print(asked(args).mermaid())
 
 
+def trace(args: argparse.Namespace) -> None:
+    lineage_trace.run(args.name, Session(args.store, RECIPES), args.files, args.json)
+
+
+def diff(args: argparse.Namespace) -> None:
+    lineage_diff.run(args.a, args.b, Session(args.store, RECIPES), args.json)
+
+
+def check_sealed(args: argparse.Namespace) -> None:
+    verify.run(args.name, Session(args.store, RECIPES), args.deep, args.threads)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one clear message and exit code 1."""
     parser = argparse.ArgumentParser(prog="nemoflow", description=__doc__)
@@ -141,6 +155,24 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(function.__name__, help=text, description=text)
         command.add_argument("name", nargs="+")
         command.set_defaults(run=function)
+    text = "what artifacts were made from, as a tree down to raw files, revisions and code"
+    command = commands.add_parser("trace", help=text, description=text)
+    command.add_argument("name", nargs="+", help="a name, or a directory: an artifact's, or a copy of it")
+    command.add_argument("--files", action="store_true", help="list every raw file with its digest")
+    command.add_argument("--json", action="store_true", help="as data, with all records and files")
+    command.set_defaults(run=trace)
+    text = "in what two artifacts, or two recipes, differ: deepest cause first"
+    command = commands.add_parser("diff", help=text, description=text)
+    command.add_argument("a")
+    command.add_argument("b")
+    command.add_argument("--json", action="store_true", help="as data, values in full")
+    command.set_defaults(run=diff)
+    text = "whether artifacts still are what was sealed, and all they come from"
+    command = commands.add_parser("verify", help=text, description=text)
+    command.add_argument("name", nargs="+")
+    command.add_argument("--deep", action="store_true", help="read every file that has a digest; else sizes only")
+    command.add_argument("--threads", type=int, default=8, help="files read at a time (8)")
+    command.set_defaults(run=check_sealed)
     command = commands.add_parser("schema", help="write config/*.schema.json from the types")
     command.set_defaults(run=write_schemas)
     args = parser.parse_args(argv)

@@ -18,18 +18,7 @@ import psutil
 import pytest
 
 BASE = Path(__file__).resolve().parents[1]
-PARTS = (
-    "Snakefile",
-    "README.md",
-    "config",
-    "envs",
-    "nemoflow",
-    "profiles",
-    "pyproject.toml",
-    "rules",
-    "scripts",
-    "slurm",
-)
+PARTS = ("Snakefile", "README.md", "config", "envs", "nemoflow", "profiles", "pyproject.toml", "rules", "scripts")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
