@@ -98,7 +98,8 @@ def _ask(*command: str) -> list[str]:
 
 
 def _said(answer: subprocess.CompletedProcess) -> str:
-    return answer.stderr.strip() or f"exit code {answer.returncode}"
+    said = answer.stderr.strip().splitlines()
+    return said[-1] if said else f"exit code {answer.returncode}"
 
 
 # -- jobs ----------------------------------------------------------------------------------------------------------

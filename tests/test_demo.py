@@ -18,7 +18,18 @@ import psutil
 import pytest
 
 BASE = Path(__file__).resolve().parents[1]
-PARTS = ("Snakefile", "README.md", "config", "envs", "nemoflow", "profiles", "pyproject.toml", "rules", "scripts")
+PARTS = (
+    "Snakefile",
+    "README.md",
+    "config",
+    "envs",
+    "nemoflow",
+    "profiles",
+    "pyproject.toml",
+    "rules",
+    "scripts",
+    "slurm",
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
