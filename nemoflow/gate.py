@@ -260,7 +260,7 @@ def claim(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
                 file.write(json.dumps(own))
             break
         except FileExistsError:
-            if _abandoned(path):
+            if _abandoned(path, directory.name.rpartition("-")[2]):
                 # Renamed and not deleted: of two who see it, one wins
                 stale = path.with_name(f".submitting.{os.getpid()}.tmp")
                 with contextlib.suppress(FileNotFoundError):
@@ -277,7 +277,8 @@ def claim(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _abandoned(path: Path) -> bool:
+def _abandoned(path: Path, identity: str) -> bool:
+    """Whether the controller that made this claim is dead, and no sbatch of its for this stage is left."""
     try:
         age = time.time() - path.stat().st_mtime
         owner = json.loads(path.read_text(encoding="utf-8"))
@@ -290,12 +291,8 @@ def _abandoned(path: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         if psutil.Process(owner["pid"]).create_time() == owner["started"]:
             return False
-    return not any(_is_sbatch(process) for process in psutil.process_iter(["name", "uids"]))
-
-
-def _is_sbatch(process: psutil.Process) -> bool:
-    uids = process.info["uids"]
-    return process.info["name"] == "sbatch" and uids is not None and uids.real == os.getuid()
+    left = (p.info for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "sbatch")
+    return not any(identity in word for info in left for word in info["cmdline"] or [])
 
 
 def install(store: Store, title: Callable[[Any], str], say: Callable[[str], None]) -> None:

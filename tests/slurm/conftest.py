@@ -1,4 +1,5 @@
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 from box import Box
 from graph import BASE, Work
 
-PORT = 16900
+PORT = int(os.environ.get("BOX_PORT", "16900"))
 
 
 def pytest_collection_modifyitems(items) -> None:
