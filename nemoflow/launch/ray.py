@@ -103,7 +103,7 @@ def _started(address: str, gpus: int, state: Path) -> tuple[str, subprocess.Pope
         head = _ray(state, "head", address, gpus, "--head", f"--port={port}", "--include-dashboard=false")
         end = time.monotonic() + 60
         while head.poll() is None and time.monotonic() < end:
-            if _alive(f"{address}:{port}") is not None:
+            if _answers(f"{address}:{port}"):
                 return f"{address}:{port}", head
             time.sleep(POLL_SECONDS)
         _end(head)
@@ -112,6 +112,15 @@ def _started(address: str, gpus: int, state: Path) -> tuple[str, subprocess.Pope
             port = free.getsockname()[1]
     last = (state / "ray-head.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     sys.exit(f"nemoflow: error: Ray's head did not start: {last[-1] if last else 'it said nothing'}")
+
+
+def _answers(address: str) -> bool:
+    """Whether a head of Ray is there. In a process of its own: attaching to what is none blocks for minutes."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _alive(address: str) -> list[dict] | None:

@@ -18,7 +18,7 @@ import ray
 # What NeMo-RL's drivers do first: attach, count the GPUs, place a group with a bundle on every node
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
 gpus = int(ray.cluster_resources()["GPU"])
-group = ray.util.placement_group([{"GPU": 4}] * 2, strategy="STRICT_SPREAD")
+group = ray.util.placement_group([{"CPU": 1, "GPU": 4}] * 2, strategy="STRICT_SPREAD")
 ray.get(group.ready(), timeout=60)
 
 @ray.remote(num_gpus=4)
