@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nemoflow import kinds, slots, slurm, summary
 from nemoflow.data.made import Made
 from nemoflow.errors import Died, NemoflowError, Unfinished
-from nemoflow.launch import HERE
+from nemoflow.launch import HERE, identified
 from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
 from nemoflow.store import write_atomically as write
 from nemoflow.writer import Writer, writer
@@ -121,9 +122,11 @@ class Job:
             **self._planned(),
             **self.held.slot,
         }
+        if image := self.launch.get("cluster", HERE).get("image"):
+            entry["image"] = identified(image, self.stage.store.root)
         self.attempts, self.entry = run["attempts"], entry
         run["attempts"].append(entry)
-        write(run_file, dump(run))
+        self.record()
         self.log.parent.mkdir(exist_ok=True)
         begun = time.monotonic()
         try:
@@ -148,6 +151,11 @@ class Job:
                 entry["reached"] = slots.reached(self.stage)
             with contextlib.suppress(OSError):  # a full disk must not hide the error that says so
                 write(run_file, dump(run))
+
+    def record(self, **more: Any) -> None:
+        """Say `more` of the present attempt in run.json, at once: the process may be killed."""
+        self.entry |= more
+        write(self.stage.directory / "run.json", dump({"attempts": self.attempts}))
 
     def _planned(self) -> dict:
         """Of a training: the state it is for, the iteration it starts from, and the GPUs (or processes) it holds."""

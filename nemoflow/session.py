@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from nemoflow import canonical, costs, kinds, slurm, summary
+from nemoflow import launch as launching
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.engines import engine
@@ -233,6 +234,14 @@ class Session:
         resources = self._trained(identity).spec.resources
         size = f"{resources.nodes} x {resources.gpus_per_node} {resources.gpu or 'GPUs'}"
         return f"{line}; {size}, slots of {resources.time}, {found}"
+
+    def command(self, identity: str) -> str | None:
+        """The command line with which a training's processes will be started; None for other jobs."""
+        if (trained := self._trained(identity)) is None:
+            return None
+        program = trained.engine.command((trained.stage.directory / "request.json").absolute())
+        cluster = self.cluster.launch(trained.spec.engine) if self.cluster else launching.HERE
+        return launching.described(program, trained.spec.resources.model_dump(), cluster)
 
     def cost(self, identity: str, at: int | None) -> costs.Cost | None:
         """What a training to `at` takes of a cluster's GPUs; None for other jobs, and where there are none."""

@@ -239,6 +239,7 @@ class Trajectory:
     def _run(self, started: launch.Launch, reached: int) -> int:
         """The exit code of the trainer; it dies with this process, on an interrupt too."""
         print("$", started, flush=True)
+        self.job.record(launched=str(started))
         child = subprocess.Popen(started.command, env=environment() | started.environment)
         self.job.held.add_process(child.pid)
         with ending(child), asking(self.stop_file):

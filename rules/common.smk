@@ -176,6 +176,8 @@ class Plan(logging.Handler):
                     continue
                 key = needed.wildcards.id, number(needed.wildcards)
                 lines.append(f"  {title(needed.wildcards)}: {clearly(session.plan, *key)}")
+                if workflow.output_settings.printshellcmds and (command := session.command(key[0])):
+                    lines.append(f"      $ {command}")
                 hours += [cost] if (cost := clearly(session.cost, *key)) else []
                 epochs = clearly(session.epochs, *key)
                 lines += textwrap.wrap(epochs, 110, initial_indent="      ", subsequent_indent=" " * 14)

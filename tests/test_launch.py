@@ -1,6 +1,7 @@
 """One program as several processes: what starts them, whose failure is told, and that none outlives the others."""
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -262,3 +263,18 @@ def test_each_task_becomes_a_rank_or_torchrun(capfd):
     ranks = [line.split()[:3] for line in capfd.readouterr().out.splitlines()]
     assert ranks[0] == ["1", "1", "2"]
     assert sorted(ranks[1:]) == [["0", "0", "2"], ["1", "1", "2"]]
+
+
+def test_an_image_is_known_by_its_content(tmp_path):
+    image, store = tmp_path / "nemo.sif", tmp_path / "artifacts"
+    store.mkdir()
+    image.write_bytes(b"squashed")
+    digest = hashlib.sha256(b"squashed").hexdigest()
+    assert launch.identified(str(image), store) == f"{image}@sha256:{digest}"
+    known = json.loads((store / ".images.json").read_text())
+    (store / ".images.json").write_text(json.dumps(dict.fromkeys(known, "0" * 64)))
+    assert launch.identified(str(image), store).endswith("0" * 64), "read once"
+    image.write_bytes(b"other content")
+    other = hashlib.sha256(b"other content").hexdigest()
+    assert launch.identified(str(image), store) == f"{image}@sha256:{other}"
+    assert launch.identified("nvidia/nemo:26.06", store) == "nvidia/nemo:26.06"

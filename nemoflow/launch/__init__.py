@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nemoflow import cpu, slurm
 from nemoflow.errors import NemoflowError
+from nemoflow.store import dump, file_digest, read_json, write_atomically
 
 HERE = {"launcher": "here"}
 """How programs are launched where no cluster is: launch.json's `cluster`, see nemoflow.cluster.Cluster.launch."""
@@ -170,6 +171,21 @@ _OWN = ("PYTHONPATH", "PYTHONUNBUFFERED", "NEMOFLOW_NODES", "NEMOFLOW_PORT", "NE
 
 def _mount(text: str) -> str:
     return text if ":" in text else f"{text}:{text}"
+
+
+def identified(image: str, store: Path) -> str:
+    """An image with the digest of its content, IMAGE@sha256:...: of a file, computed once; a reference's own, if it has
+    one. A tag's digest is known to the registry alone.
+    """
+    if not (path := Path(image)).is_file():
+        return image
+    status = path.stat()
+    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    known = read_json(cache) if (cache := store / ".images.json").exists() else {}
+    if key not in known:
+        known = {**known, key: file_digest(path)}
+        write_atomically(cache, dump(known))
+    return f"{image}@sha256:{known[key]}"
 
 
 def _environment(cluster: dict, own: dict[str, str]) -> dict[str, str]:
