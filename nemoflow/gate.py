@@ -29,6 +29,7 @@ import psutil
 
 from nemoflow import slots, slurm
 from nemoflow.errors import NemoflowError
+from nemoflow.slots import GOES_ON
 from nemoflow.store import Stage, Store, publish
 
 PLUGIN, VERSION = "snakemake-executor-plugin-slurm", "2.8.0"
@@ -215,8 +216,8 @@ class Gate:
             self.read[info.external_jobid] = self.read.get(info.external_jobid, 0) + len(whole)
             stem = name.partition(" to ")[0]  # jobs know no more of it
             lines = [line for line in whole.decode("utf-8", "replace").splitlines() if line.startswith(stem)]
-            if lines:
-                self.say(lines[-1])
+            for line in [line for line in lines[:-1] if line.endswith(GOES_ON)] + lines[-1:]:
+                self.say(line)
 
     def cancelled(self, active: list) -> list:
         """Those of the active jobs that end with this controller: not those that it found."""

@@ -102,9 +102,11 @@ def main(request: str) -> None:
         if program is None:
             print("py-spy is not installed here", flush=True)
             continue
+        # py-spy stops what it looks at, and fails with what is stopped already
+        how = ["--nonblocking"] if process.info["status"] == psutil.STATUS_STOPPED else []
         try:
             dump = subprocess.run(
-                [program, "dump", "--pid", str(process.info["pid"])],
+                [program, "dump", *how, "--pid", str(process.info["pid"])],
                 capture_output=True,
                 text=True,
                 timeout=DUMP_SECONDS,

@@ -360,7 +360,7 @@ def _go_on(say: Callable[[str], None], job: Job, what: str) -> str | None:
     cap = job.launch.get("resources", {}).get("slots", slots.CAP)
     if why := slots.why_not(job.attempts, slot["id"], cap):
         return why
-    say(f"{job.title}: {what}; goes on in another slot")
+    say(f"{job.title}: {what}{slots.GOES_ON}")
     try:
         slurm.requeue(slot["id"], job.entry.get("exclude", ()))
     except NemoflowError as error:

@@ -9,8 +9,11 @@ from nemoflow.engines import engine
 from nemoflow.store import Stage, dump, read_json
 from nemoflow.store import write_atomically as write
 
-GOES_ON = ("unfinished", "died", "hung")
+OPEN = ("unfinished", "died", "hung")
 """Outcomes of attempts after which the same work can go on."""
+
+GOES_ON = "; goes on in another slot"
+"""How a job says so."""
 
 CAP = 50
 """Slots, where launch.json does not say."""
@@ -36,7 +39,7 @@ def close(stage: Stage, attempts: list[dict], outcome: str = "died", reason: str
 def why_not(attempts: list[dict], job: int, cap: int) -> str | None:
     """Why Slurm job `job`, to which the last attempt belongs, does not go on in another slot; None when it does."""
     own = [a for a in attempts if a.get("job", {}).get("id") == job]
-    if not own or own[-1].get("outcome") not in GOES_ON:
+    if not own or own[-1].get("outcome") not in OPEN:
         return own[-1].get("reason", "it was not a slot of this job") if own else "it wrote no record"
     idle = [a for a in own[-2:] if a.get("reached", 0) <= a.get("from", 0)]
     if len(idle) == 2:
