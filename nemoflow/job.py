@@ -103,7 +103,7 @@ class Job:
     def attempt(self) -> Iterator[None]:
         """Record an attempt in run.json, with its log; NemoflowErrors and surprises end it as failed.
 
-        Unfinished ends it as that: what it did will be gone on with.
+        Unfinished ends it as that: what it did will be gone on with. So will be what was ended from outside, or died.
         """
         directory = self.stage.directory
         run_file = directory / "run.json"
@@ -139,6 +139,9 @@ class Job:
         except Died as error:
             entry |= {"outcome": error.outcome, "reason": str(error)}
             entry |= {"exclude": list(error.exclude)} if error.exclude else {}
+            raise
+        except (SystemExit, KeyboardInterrupt):
+            entry |= {"outcome": "ended", "reason": "was told to end"}
             raise
         except BaseException as error:
             entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}

@@ -9,7 +9,7 @@ from nemoflow.engines import engine
 from nemoflow.store import Stage, dump, read_json
 from nemoflow.store import write_atomically as write
 
-OPEN = ("unfinished", "died", "hung")
+OPEN = ("unfinished", "ended", "died", "hung")
 """Outcomes of attempts after which the same work can go on."""
 
 GOES_ON = "; goes on in another slot"

@@ -106,7 +106,7 @@ def test_the_time_limit_three_times(slurm: Box, demo):
     outcomes = [a["outcome"] for a in attempts(trajectory)]
     assert outcomes[-1] == "done"
     assert len(outcomes) >= 4
-    assert set(outcomes[:-1]) == {"died"}
+    assert set(outcomes[:-1]) == {"ended"}
     assert len(slurm.jobs().keys() - before.keys()) == 1
     demo.check_never_lost(trajectory, interval=1)
 
@@ -119,7 +119,7 @@ def test_preempted_by_a_more_urgent_job(slurm: Box, demo):
     slurm.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-t1", "-o/dev/null", "--wrap=sleep 10")
     said, _ = child.communicate(timeout=240)
     assert child.returncode == 0, said
-    assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
+    assert [a["outcome"] for a in attempts(trajectory)] == ["ended", "done"]
     assert len(slurm.jobs().keys() - before.keys()) == 2
     demo.check_never_lost(trajectory)
 
