@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
     nodes, node = os.environ["NEMOFLOW_NODES"].split(","), int(os.environ["SLURM_NODEID"])
     state = Path(os.environ["NEMOFLOW_STATE"])
     state.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # The step's exit code is its highest one, and that of the head is to count
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number if node == 0 else 0))
     # Ray and what runs in it must not take themselves for tasks of this step
     for name in [n for n in os.environ if n.startswith(("SLURM_", "PMI_", "PMIX_", "OMPI_"))]:
         del os.environ[name]

@@ -135,7 +135,7 @@ def test_a_node_that_fails(slurm: Box, demo):
         said, _ = child.communicate(timeout=240)
     finally:
         slurm.up(node)
-        slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        wait(lambda: "idle" in slurm.run("sinfo", "--noheader", "--exact", f"--nodes={node}", "--format=%T"), "node")
     assert child.returncode == 0, said
     assert [a["outcome"] for a in attempts(trajectory)] == ["died", "done"]
     demo.check_never_lost(trajectory)
