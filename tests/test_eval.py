@@ -106,7 +106,7 @@ def test_what_is_asked_is_identity_and_where_it_runs_is_not():
     session.request(["eval/demo"])
     session.prepare()
     launch = json.loads((recipe.view("eval")["sums"].directory / "launch.json").read_text())
-    assert launch == {"title": "eval sums of demo@sft", **elsewhere}
+    assert launch == {"title": "eval sums of demo@sft", "cluster": {"launcher": "here"}, **elsewhere}
     for change in ({"chat": False}, {"limit": 7}, {"fewshot": 0}, {"data": {"test": "sums"}}):
         write(EVAL | {"sums": EVAL["sums"] | change})
         assert identities(resolved())["sums"] != before["sums"], change
