@@ -37,9 +37,9 @@ test: lint
 test-slow: install-dev
 	$(BIN)/python -m pytest -m "slow and not slurm" -s
 
-# Two, as most of their time is waiting; each in a mount namespace of its own, so that a Slurm this machine may have is
-# neither seen nor touched
-SLURM := unshare --mount --propagation private sh -c 'mount -t tmpfs none /etc/slurm && exec "$$@"' sh
+# Two, as most of their time is waiting; each in namespaces of its own, so that neither the other one nor a Slurm that
+# this machine may have is seen or touched
+SLURM := unshare --mount --pid --fork --mount-proc --propagation private sh -c 'mount -t tmpfs none /etc/slurm && exec "$$@"' sh
 test-slurm: install-dev
 	command -v slurmctld >/dev/null || (apt-get update -q && apt-get install -yq --no-install-recommends munge slurm-client slurmctld slurmd)
 	mkdir -p /etc/slurm

@@ -36,10 +36,12 @@ class Pulse:
         self.last = time.monotonic()
         self.seconds: deque[float] = deque(maxlen=100)
         self.iteration: int | None = None
+        self.longest_save = 0.0
 
-    def beat(self, iteration: int | None = None) -> None:
-        """It has written something; `iteration`, if it trained one more."""
+    def beat(self, iteration: int | None = None, saved: float = 0) -> None:
+        """It has written something; `iteration`, if it trained one more, `saved`: seconds, if it saved."""
         now = time.monotonic()
+        self.longest_save = max(self.longest_save, saved)
         if iteration is not None:
             if self.iteration is not None and iteration > self.iteration:
                 self.seconds.append((now - self.last) / (iteration - self.iteration))
@@ -53,7 +55,8 @@ class Pulse:
             return float("inf")
         if not self.seconds:
             return STARTING * self.least
-        return max(self.least, self.times * statistics.median(self.seconds))
+        # While it saves it says nothing
+        return max(self.least, self.times * statistics.median(self.seconds), 5 * self.longest_save)
 
     def still(self) -> float | None:
         """Seconds for which it has been still, when that is too long."""

@@ -363,8 +363,10 @@ def _go_on(say: Callable[[str], None], job: Job, what: str) -> str | None:
     cap = job.launch.get("resources", {}).get("slots", slots.CAP)
     if why := slots.why_not(job.attempts, slot["id"], cap):
         return why
-    say(f"{job.title}: {what}{slots.GOES_ON}")
     try:
+        if (found := slurm.here()) is None or found.state not in ("RUNNING", "CONFIGURING"):
+            return f"{what}; Slurm job {slot['id']} was ended"  # by a person, just now
+        say(f"{job.title}: {what}{slots.GOES_ON}")
         slurm.requeue(slot["id"], job.entry.get("exclude", ()))
     except NemoflowError as error:
         return f"{what}; {error}"

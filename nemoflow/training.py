@@ -362,7 +362,8 @@ class _Progress:
         self.position += len(whole)
         entries = [json.loads(line) for line in whole.splitlines()]
         trained = [e for e in entries if "loss" in e or "reward" in e]
-        self.pulse.beat(trained[-1]["iteration"] if trained else None)
+        saved = max((e.get("save_seconds", 0) for e in entries), default=0)
+        self.pulse.beat(trained[-1]["iteration"] if trained else None, saved)
         if not trained:
             return
         entry, now = trained[-1], time.monotonic()
@@ -386,7 +387,7 @@ def reason(lines: list[str], program: str) -> str | None:
         return said[0].removeprefix(ERROR_PREFIX)  # of several processes, the first to fail: the others then follow
     if found := launch.reason(lines):
         return f"{program}: {found}"
-    last = next((line for line in reversed(lines) if line.strip()), None)
+    last = next((line for line in reversed(lines) if line.strip() and not line.startswith("$ ")), None)
     return f"{program} failed: {textwrap.shorten(last, 300)}" if last else None
 
 

@@ -19,6 +19,9 @@ def test_patience_follows_the_median_iteration(monkeypatch):
     assert pulse.still() is None
     now[0] += 1
     assert pulse.still() == 41
+    pulse.beat(saved=30)
+    assert pulse.limit == 150, "a save takes what it takes"
+    pulse.longest_save = 0
     pulse.seconds.clear()
     pulse.seconds.append(0.01)
     assert pulse.limit == 10
