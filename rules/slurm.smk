@@ -1,4 +1,7 @@
-# Only in the main process, and only where jobs go to Slurm: what is asked before each submission, and what becomes of it.
+# Only where jobs go to Slurm: what is asked before each submission, what becomes of a job, and what is not logged.
+
+# Under --verbose the plugin logs the whole environment of a job, tokens and all
+logger.addFilter(lambda record: not str(record.msg).startswith("environment: "))
 
 if workflow.is_main_process and launcher() == "slurm":
     from nemoflow import gate
