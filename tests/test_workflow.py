@@ -291,7 +291,7 @@ def test_kill_9_of_everything_resumes_from_the_newest_checkpoint(demo: Work):
     assert f"resumes at iteration {newest} of 40" in printed
     assert demo.iterations(phase2) == before + list(range(newest + 1, 41))
     outcomes = [a.get("outcome") for a in json.loads((phase2 / "run.json").read_text())["attempts"]]
-    assert outcomes == [None, "done"]
+    assert outcomes == ["died", "done"]
     assert demo.planned("rl/demo") == Counter()
 
 
