@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -122,10 +123,10 @@ def known() -> dict[int, Job]:
 
 
 def here() -> Job | None:
-    """The job this process runs in; None outside of one. Of its environment only the id is used: Snakemake's plugin
-    drops most of the rest."""
-    id = os.environ.get("SLURM_JOB_ID")
-    return job(int(id)) if id and id.isdigit() else None
+    """The job this process runs in; None outside of one, and in a container without Slurm's commands. Of its
+    environment only the id is used: Snakemake's plugin drops most of the rest."""
+    id = os.environ.get("SLURM_JOB_ID", "")
+    return job(int(id)) if id.isdigit() and shutil.which("squeue") else None
 
 
 def _jobs(*which: str) -> list[Job]:

@@ -326,13 +326,15 @@ def asking(stop_file: Path) -> Iterator[None]:
 
 def deadline() -> float | None:
     """When this job is ended from outside, in seconds since the epoch: NEMOFLOW_DEADLINE, else what Slurm says."""
-    if value := os.environ.get("NEMOFLOW_DEADLINE"):
-        try:
-            return float(value)
-        except ValueError:
-            raise NemoflowError(f"NEMOFLOW_DEADLINE: {value}: must be in seconds since the epoch") from None
-    job = slurm.here()
-    return job.end if job else None
+    if not os.environ.get("NEMOFLOW_DEADLINE") and (job := slurm.here()):
+        return job.end
+    for name in ("NEMOFLOW_DEADLINE", "SLURM_JOB_END_TIME"):
+        if value := os.environ.get(name):
+            try:
+                return float(value)
+            except ValueError:
+                raise NemoflowError(f"{name}: {value}: must be in seconds since the epoch") from None
+    return None
 
 
 class _Progress:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemoflow import slurm, training
 from nemoflow.errors import NemoflowError
 from nemoflow.writer import Writer, writer
 
@@ -155,3 +156,12 @@ def test_of_many_at_once_one_at_a_time(tmp_path):
     processes = [start(code, str(tmp_path)) for _ in range(4)]
     assert [p.wait(60) for p in processes] == [0] * 4
     assert (tmp_path / "counter").read_text() == "40"
+
+
+def test_without_slurm_s_commands_there_is_no_slurm(monkeypatch, tmp_path):
+    """As in a container that was started within a job, by hand."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.here() is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
+    assert training.deadline() == 1.8e9
