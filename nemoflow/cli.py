@@ -7,8 +7,10 @@ from pathlib import Path
 
 from nemoflow import locks, verify
 from nemoflow import recipe as grammar
+from nemoflow.cluster import Cluster
 from nemoflow.errors import NemoflowError
 from nemoflow.lineage import diff as lineage_diff
+from nemoflow.lineage import graph as lineage_graph
 from nemoflow.lineage import trace as lineage_trace
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS, Recipe
@@ -19,6 +21,7 @@ RECIPES = [Path("config/recipes"), CHECKOUT / "config/recipes"]
 SCHEMAS = {
     CHECKOUT / "config/recipe.schema.json": grammar.Recipe,
     CHECKOUT / "config/blend.schema.json": grammar.Blend,
+    CHECKOUT / "config/cluster.schema.json": Cluster,
 }
 
 
@@ -114,7 +117,8 @@ def show(args: argparse.Namespace) -> None:
 
 
 def graph(args: argparse.Namespace) -> None:
-    print(asked(args).mermaid())
+    nodes = lineage_graph.asked(args.name, Session(args.store, RECIPES))
+    lineage_graph.write(nodes, ", ".join(args.name), args.output, args.mermaid)
 
 
 def trace(args: argparse.Namespace) -> None:
@@ -150,11 +154,14 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--only", nargs="+", metavar="SOURCE", help="pin these anew and keep the others")
     for function, text in (
         (show, "what stands behind names such as sft/nano3-tiny: measures, seconds, paths"),
-        (graph, "the lineage of names as a mermaid flowchart"),
+        (graph, "the lineage of names as one page to look at, without a network, or as a mermaid flowchart"),
     ):
         command = commands.add_parser(function.__name__, help=text, description=text)
         command.add_argument("name", nargs="+")
         command.set_defaults(run=function)
+        if function is graph:
+            command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (lineage.html)")
+            command.add_argument("--mermaid", action="store_true", help="the flowchart; on the screen without -o")
     text = "what artifacts were made from, as a tree down to raw files, revisions and code"
     command = commands.add_parser("trace", help=text, description=text)
     command.add_argument("name", nargs="+", help="a name, or a directory: an artifact's, or a copy of it")

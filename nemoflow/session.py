@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import canonical, costs, kinds, slurm, summary
+from nemoflow import costs, slurm, summary
 from nemoflow import launch as launching
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
@@ -374,33 +374,10 @@ class Session:
         shown_names = [f"{name} -> {', '.join(self.links(name).values())}" for name in self.names]
         return "\n".join([*lines, "", *shown_names])
 
-    def mermaid(self) -> str:
-        """The lineage of the requested names as a mermaid flowchart: artifacts in human names, inputs pointing on.
-
-        The jobs that tokenize one source are drawn as one.
-        """
-        nodes, edges = dict[str, str](), dict[str, None]()
-        for target in self._targets():
-            for stage, at in self.store.ancestors(target.stage.identity, target.at):
-                node = _node(stage, at)
-                nodes.setdefault(node, self.title(stage.identity, at).partition(", job 1 of")[0])
-                for ref in kinds.inputs(stage.payload):
-                    # The tokenizer is behind the inputs of the later kinds; arrows from it would hide the chain
-                    if ref.role != "tokenizer" or stage.kind == "shards":
-                        edges[f"    {_node(self.store.load(ref.identity), ref.at)} --> {node}"] = None
-        return "\n".join(["flowchart TD", *(f'    {node}["{title}"]' for node, title in nodes.items()), *edges])
-
 
 def _engine(stage: Stage) -> str | None:
     """The engine whose programs a stage's job launches; None for jobs that make data by themselves."""
     return "lm_eval" if stage.kind == "eval" else stage.payload.get("engine")
-
-
-def _node(stage: Stage, at: int | None) -> str:
-    key = stage.identity
-    if stage.kind == "shards":
-        key = canonical.identity({k: v for k, v in stage.payload.items() if k not in ("first", "shards")})
-    return f"s{key}" + (f"_{at}" if at is not None else "")
 
 
 def _titles(recipe: Recipe) -> dict[str, str]:

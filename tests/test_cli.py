@@ -86,7 +86,7 @@ def test_show_and_graph_of_a_finished_run(finished: Work):
     assert shown.returncode == 0, shown.stderr
     assert "sft of demo to 12" in shown.stdout
     assert "rl/demo -> ../artifacts/rl/grpo-" in shown.stdout
-    chart = finished.nemoflow("graph", "rl/demo")
+    chart = finished.nemoflow("graph", "--mermaid", "rl/demo")
     assert chart.returncode == 0, chart.stderr
     assert chart.stdout.startswith("flowchart TD\n")
     before = finished.state()

@@ -197,7 +197,7 @@ def test_the_readme_s_commands_run(demo):
 def test_the_readme_s_graph_is_today_s(demo):
     drawn = re.search(r"```mermaid\n(.*?)```", (demo.path / "README.md").read_text(), re.S)[1]
     plain = [re.sub(r"s[0-9a-f]{12}", "s", line) for line in drawn.strip().splitlines()]
-    today = run(demo.path, "nemoflow", "graph", "hf_export/nano3-tiny").strip().splitlines()
+    today = run(demo.path, "nemoflow", "graph", "--mermaid", "hf_export/nano3-tiny").strip().splitlines()
     assert [re.sub(r"s[0-9a-f]{12}", "s", line) for line in today] == plain
 
 

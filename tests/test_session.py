@@ -1,7 +1,6 @@
 """What the main process knows: names and links, the plan, what is written before jobs, what is said after."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -253,16 +252,6 @@ def test_the_summary_has_a_line_for_each_artifact_in_human_names():
     assert phase2.endswith(str(trajectory("phase2").state(40)))
     assert sum(line.startswith("pretrain phase1 of demo") for line in lines) == 1
     assert lines[-1] == f"pretrain/demo -> ../{trajectory('phase2').state(40)}"
-
-
-def test_the_lineage_is_a_mermaid_chart_whose_edges_have_nodes():
-    chart = asked("rl/demo").mermaid().splitlines()
-    assert chart[0] == "flowchart TD"
-    nodes = {m[1] for line in chart if (m := re.fullmatch(r'    (\w+)\["[^"]+"\]', line))}
-    edges = [m.groups() for line in chart if (m := re.fullmatch(r"    (\w+) --> (\w+)", line))]
-    assert len(nodes) + len(edges) == len(chart) - 1
-    assert {end for edge in edges for end in edge} == nodes
-    assert any('"rl of demo to 8"' in line for line in chart)
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
