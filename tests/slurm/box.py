@@ -47,7 +47,7 @@ ReturnToService=2
 KillWait=3
 SlurmdTimeout=10
 MessageTimeout=5
-MinJobAge=600
+MinJobAge=3600
 JobFileAppend=1
 """
 PARTITIONS = """\
