@@ -256,7 +256,7 @@ def test_each_task_becomes_a_rank_or_torchrun(capfd):
     """What the tasks of a step turn into, told by a program that prints it."""
     environ = {"NEMOFLOW_NODES": "127.0.0.1", "NEMOFLOW_PORT": "29555", "NEMOFLOW_RUN": "7.0", "SLURM_NODEID": "0"}
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    told = f"import os; print(*[os.environ[n] for n in {names}], flush=True)"
+    told = f"import os; os.write(1, (' '.join(os.environ[n] for n in {names}) + chr(10)).encode())"  # in one piece
     for form, more in (("srun", {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}), ("torchrun", {})):
         command = [sys.executable, "-m", "nemoflow.launch.node", form, "2", sys.executable, "-c", told]
         subprocess.run(command, env=environment(**environ, **more), check=True, timeout=60)
