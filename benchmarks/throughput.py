@@ -169,7 +169,7 @@ def output_of(command: list[str]) -> str:
 
 def milliseconds(command: list[str], request: dict) -> list[float]:
     """Milliseconds per iteration of each logged interval but the first, of a run of `command`."""
-    output = output_of(launch.command(command, request["resources"]))
+    output = output_of(launch.launch(command, request["resources"]).command)
     return [float(ms) for ms in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", output)][1:]
 
 

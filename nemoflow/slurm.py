@@ -1,4 +1,4 @@
-"""What this program asks of Slurm, and tells it: the only module that runs squeue, scontrol and sinfo.
+"""What this program asks of Slurm, and tells it: the only module that runs squeue, scontrol, sinfo and scancel.
 
 Every call has a timeout. A controller that does not answer is `Unreachable`, never "no such job": whoever takes silence
 for an end starts a second job beside the first.
@@ -141,7 +141,10 @@ def _jobs(*which: str) -> list[Job]:
     restarts = {int(id): int(count) for id, count in (line.split() for line in counts)}
     found = []
     for line in lines:
-        id, state, nodes, end, partition, excluded, comment, workdir = line.split(_SEPARATOR)
+        fields = line.split(_SEPARATOR)
+        if len(fields) != len(_FIELDS):
+            continue  # half of a job that has a line break in its comment, which is not one of ours
+        id, state, nodes, end, partition, excluded, comment, workdir = fields
         found.append(
             Job(
                 id=int(id),
@@ -200,6 +203,12 @@ def requeue(id: int, exclude: Iterable[str] = ()) -> None:
     if child.returncode:
         silent = re.search("contact|timed out|refused", error, re.IGNORECASE)
         raise (Unreachable if silent else NemoflowError)(f"scontrol requeue {id}: {error.strip()}")
+
+
+def cancel(id: int) -> None:
+    """End the job, waiting or running. One that has ended already is no error."""
+    if (done := _run("scancel", str(id))).returncode and "Invalid job id" not in done.stderr:
+        raise Unreachable(f"scancel {id}: {_said(done)}")
 
 
 # -- the cluster ---------------------------------------------------------------------------------------------------

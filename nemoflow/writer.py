@@ -2,8 +2,9 @@
 
 The owner is a process on a host: pid and start time, so that a reused pid is not taken for it. In a Slurm job it is
 that job too, in its present slot: id and restart count, so that another host can ask Slurm whether it lives. A live
-owner is waited for; a dead one's lock is taken over; an owner on another host and in no job cannot be judged from here
-and is refused. So is, inside an allocation, a live job: GPUs are not held to wait.
+owner is waited for; a dead one's lock is taken over; an owner on another host and in no job, or in another user's job
+that Slurm does not show, cannot be judged from here and is refused. So is, inside an allocation, a live job: GPUs are
+not held to wait.
 """
 
 import contextlib
@@ -49,6 +50,8 @@ def _judged(owner: dict, mine: dict) -> bool | None:
     if job is None or job == mine.get("job"):
         return False if owner["host"] == mine["host"] else None
     found = slurm.job(job["id"])
+    if found is None and owner.get("user") != mine["user"]:
+        return None  # where jobs are private, those of others look like this
     return found is not None and found.live and found.restarts == job["restarts"]
 
 
@@ -57,7 +60,7 @@ class Writer:
 
     def __init__(self, path: Path, job: slurm.Job | None = None):
         self._path = path
-        self._owner = {"host": platform.node(), "processes": [_process(os.getpid())]}
+        self._owner = {"host": platform.node(), "user": os.getuid(), "processes": [_process(os.getpid())]}
         if job is not None:
             self._owner["job"] = {"id": job.id, "restarts": job.restarts}
 
@@ -112,6 +115,19 @@ class Writer:
     def release(self) -> None:
         with contextlib.suppress(OSError), self._path.open("w"):
             pass  # emptied, not deleted: someone may be waiting on this very file
+
+
+def holder(directory: Path) -> slurm.Job | None:
+    """The live Slurm job that works in the directory, whoever's it is; None when no job does.
+
+    Raises Unreachable when Slurm is silent.
+    """
+    try:
+        owner = json.loads((directory / "lock").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    found = slurm.job(owner["job"]["id"]) if "job" in owner else None
+    return found if found is not None and found.live else None
 
 
 @contextlib.contextmanager
