@@ -289,7 +289,7 @@ def test_an_ending_controller_does_not_wait_for_slurm(world):
 
 
 def test_a_job_submitted_just_when_the_controller_ends_is_cancelled(world):
-    def sbatch(_, job):
+    def sbatch(*_):
         world.gate.cancelled([])
         world.add(9, "PENDING")
 
@@ -451,9 +451,13 @@ def test_that_slurm_refuses_to_start_again_is_an_error(world, monkeypatch):
 
 
 def test_a_claim_is_gone_afterwards_also_after_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no"), claim(tmp_path, pytest.fail):
-        assert json.loads((tmp_path / "submitting").read_text())["pid"] == os.getpid()
-        raise ValueError("no")
+    def submit():
+        with claim(tmp_path, pytest.fail):
+            assert json.loads((tmp_path / "submitting").read_text())["pid"] == os.getpid()
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        submit()
     assert not (tmp_path / "submitting").exists()
 
 
@@ -482,7 +486,7 @@ def test_a_claim_from_another_machine_counts_for_ten_minutes(tmp_path, age, coun
     os.utime(path, (time.time() - age,) * 2)
     said = []
 
-    def pause(seconds):
+    def pause(_):
         path.unlink()
 
     with claim(tmp_path, said.append, pause):
