@@ -36,6 +36,10 @@ UNFINISHED = 75
 REQUEUE_SECONDS = 300
 """How long a job that Slurm is to start again waits to be ended."""
 
+LATE_SECONDS = 120
+"""How late a file system that several machines share may show to one what another has written; `latency-wait` of
+profiles/slurm."""
+
 DIGEST_CHECK_BYTES = 2**30
 """Inputs up to this size are read again and compared with their digests before use: about a second. Larger ones are
 compared by file sizes; a deep check of those is asked for, not done by the way. Before work on data, which takes no
@@ -87,8 +91,13 @@ class Job:
     def __init__(self, stage: Stage, at: int | None, held: Writer, say: Callable[[str], None], threads: int):
         self.stage, self.at, self.held, self.threads = stage, at, held, threads
         self._say = say
-        self.launch = read_json(p) if (p := stage.directory / "launch.json").exists() else {}
         self.log = Path()
+        self.launch: dict = {}
+        path = stage.directory / "launch.json"
+        if self._appears(path.exists, path):
+            self.launch = read_json(path)
+        elif held.slot:
+            raise NemoflowError(f"{path}: is not there; run snakemake on the name again")
 
     @property
     def title(self) -> str:
@@ -98,6 +107,9 @@ class Job:
     def say(self, text: str) -> None:
         """Show one line to the person."""
         self._say(f"{self.title}: {text}")
+
+    def _appears(self, there: Callable[[], bool], what: Path | str) -> bool:
+        return _appears(there, what, self.say)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -109,6 +121,9 @@ class Job:
         run_file = directory / "run.json"
         run = read_json(run_file) if run_file.exists() else {"attempts": []}
         slots.close(self.stage, run["attempts"])
+        if self.at is not None and run["attempts"]:
+            before = run["attempts"][-1].get("reached", 0)
+            self._appears(lambda: slots.reached(self.stage) >= before, f"its checkpoint at {before}")
         number = len(run["attempts"]) + 1
         self.log = directory / "attempts" / f"{number}.log"
         entry = {
@@ -183,7 +198,7 @@ class Job:
         """Compare the inputs with what was sealed. Raises NemoflowError naming the file that is missing or differs."""
         for stage, at in self.stage.reads():
             directory = stage.state(at)
-            if not (directory / "sealed.json").exists():
+            if not self._appears((directory / "sealed.json").exists, directory / "sealed.json"):
                 raise NemoflowError(f"{directory}: is not finished (no sealed.json); run snakemake on the name again")
             contents = read_json(directory / "sealed.json")["contents"]
             if stage.kind == "source" and self.stage.kind == "shards":
@@ -194,6 +209,7 @@ class Job:
             deep = sum(c["size"] for c in contents) <= limit
             for entry in contents:
                 path = directory / entry["name"]
+                self._appears(path.exists, path)
                 size = path.stat().st_size if path.exists() else None
                 wrong = (
                     "is missing"
@@ -208,6 +224,21 @@ class Job:
                     raise NemoflowError(
                         f"{path}: {wrong}; restore it, or delete {directory} to have this artifact made again"
                     )
+
+
+def _appears(there: Callable[[], bool], what: Path | str, say: Callable[[str], None]) -> bool:
+    """Whether something is there; in a Slurm job it is waited for: a shared file system may show it late."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return there()
+    begun, told = time.monotonic(), False
+    while not there():
+        if time.monotonic() - begun > LATE_SECONDS:
+            return False
+        if not told:
+            say(f"waits for {what}, which the file system does not show yet")
+            told = True
+        time.sleep(1)
+    return True
 
 
 @contextlib.contextmanager
@@ -313,6 +344,7 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
 
     job = None
     try:
+        _appears(args.stage.exists, args.stage, say)
         stage = Store(args.stage.parent.parent).load(args.stage.stem)
         if stage.trained != (args.at is not None):
             raise NemoflowError(f"--at: {'is missing' if stage.trained else f'{stage.kind} has no states'}")

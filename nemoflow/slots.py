@@ -5,6 +5,8 @@ saved last. A slot that made progress goes on, two in a row without stop, and th
 never goes on by itself. Everything here follows from run.json, launch.json and the checkpoints.
 """
 
+from datetime import UTC, datetime
+
 from nemoflow.engines import engine
 from nemoflow.store import Stage, dump, read_json
 from nemoflow.store import write_atomically as write
@@ -30,10 +32,20 @@ def close(stage: Stage, attempts: list[dict], outcome: str = "died", reason: str
     """Say of the last attempt what it could not say itself, when it was killed; whether there was anything to say."""
     if not attempts or "outcome" in attempts[-1]:
         return False
-    attempts[-1] |= {"outcome": outcome, "reason": reason}
+    attempts[-1] |= {"outcome": outcome, "reason": reason} | _until_its_log_ends(stage, attempts[-1])
     if "from" in attempts[-1]:
         attempts[-1]["reached"] = reached(stage)
     return True
+
+
+def _until_its_log_ends(stage: Stage, attempt: dict) -> dict:
+    """When an attempt that was killed ended: as far as is known, when it last wrote to its log."""
+    log = stage.directory / f"attempts/{attempt.get('number')}.log"
+    if not log.exists() or "started" not in attempt:
+        return {}
+    begun = datetime.fromisoformat(attempt["started"])
+    end = max(begun, datetime.fromtimestamp(log.stat().st_mtime, UTC))
+    return {"ended": end.isoformat(timespec="seconds"), "seconds": round((end - begun).total_seconds(), 1)}
 
 
 def why_not(attempts: list[dict], job: int, cap: int) -> str | None:

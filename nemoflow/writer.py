@@ -61,13 +61,11 @@ class Writer:
     def __init__(self, path: Path, job: slurm.Job | None = None):
         self._path = path
         self._owner = {"host": platform.node(), "user": os.getuid(), "processes": [_process(os.getpid())]}
+        self.slot: dict = {}
+        """The Slurm job, its restart count and its nodes, for records; {} outside of one."""
         if job is not None:
             self._owner["job"] = {"id": job.id, "restarts": job.restarts}
-
-    @property
-    def slot(self) -> dict:
-        """The Slurm job and its restart count, for records; {} outside of one."""
-        return {"job": self._owner["job"]} if "job" in self._owner else {}
+            self.slot = {"job": self._owner["job"], "nodes": job.nodes}
 
     def add_process(self, pid: int) -> None:
         """Name a child as owner too: while it lives, the lock is held, also when this process is killed."""

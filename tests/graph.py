@@ -230,7 +230,8 @@ class Work:
         """The iterations that were trained, in the order they were."""
         file = trajectory / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line)["iteration"] for line in lines if line.endswith("\n")]
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [line["iteration"] for line in found if "loss" in line]
 
     def wait_for(self, kind: str, iteration: int, seconds: float = 60) -> Path:
         """Wait until a running trajectory of `kind` has trained `iteration`; returns its directory."""

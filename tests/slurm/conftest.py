@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,18 +28,31 @@ def slurm(tmp_path_factory) -> Iterator[Box]:
         box.stop()
 
 
+def losses(trajectory: Path) -> list[tuple[int, float]]:
+    """(iteration, loss), in the order they were trained."""
+    lines = map(json.loads, (trajectory / "metrics.jsonl").read_text().splitlines())
+    return [(line["iteration"], line["loss"]) for line in lines if "loss" in line]
+
+
 class OnSlurm(Work):
-    """A work directory whose jobs go to Slurm."""
+    """A work directory whose jobs go to Slurm; `digits`: iteration -> loss of an uninterrupted run without it."""
+
+    digits: dict[int, float]
 
     def _command(self, *args: str) -> dict:
         found = super()._command(*args)
         return found | {"args": [*found["args"], "--profile", str(BASE / "profiles/slurm")]}
 
     def check_never_lost(self, trajectory: Path, interval: int = 5) -> None:
-        """Fail when an iteration was trained again that a checkpoint, one every `interval`, held."""
+        """Fail when an iteration was trained again that a checkpoint, one every `interval`, held; or when a loss is not
+        digit by digit that of an uninterrupted run.
+        """
         trained = self.iterations(trajectory)
+        assert max(trained) == 20
         for before, after in itertools.pairwise(trained):
             assert after == before + 1 or after == before // interval * interval + 1, trained
+        for n, loss in losses(trajectory):
+            assert loss == self.digits[n], n
 
 
 def on_slurm(work: Work, path: Path) -> OnSlurm:
@@ -55,7 +69,19 @@ def with_data(tmp_path_factory) -> Work:
     return work
 
 
+@pytest.fixture(scope="session")
+def digits(with_data: Work, tmp_path_factory) -> dict[int, float]:
+    """Iteration -> loss of the demo's first stage, trained in one go on this machine."""
+    work = with_data.copy(tmp_path_factory.mktemp("uninterrupted") / "work")
+    work.run("pretrain/demo@phase1")
+    found = losses(work.trajectory("pretrain/demo@phase1"))
+    assert [n for n, _ in found] == list(range(1, 21))
+    return dict(found)
+
+
 @pytest.fixture
-def demo(slurm: Box, with_data: Work, tmp_path: Path) -> OnSlurm:  # noqa: ARG001 - it runs
+def demo(slurm: Box, with_data: Work, digits: dict[int, float], tmp_path: Path) -> OnSlurm:  # noqa: ARG001 - it runs
     """A copy of the demo with its data, to be trained through Slurm."""
-    return on_slurm(with_data, tmp_path / "work")
+    work = on_slurm(with_data, tmp_path / "work")
+    work.digits = digits
+    return work
