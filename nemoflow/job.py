@@ -25,6 +25,7 @@ from typing import Any
 from nemoflow import kinds, slots, slurm, summary
 from nemoflow.data.made import Made
 from nemoflow.errors import Died, NemoflowError, Unfinished
+from nemoflow.latency import appears
 from nemoflow.launch import HERE, identified
 from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
 from nemoflow.store import write_atomically as write
@@ -35,10 +36,6 @@ UNFINISHED = 75
 
 REQUEUE_SECONDS = 300
 """How long a job that Slurm is to start again waits to be ended."""
-
-LATE_SECONDS = 120
-"""How late a file system that several machines share may show to one what another has written; `latency-wait` of
-profiles/slurm."""
 
 DIGEST_CHECK_BYTES = 2**30
 """Inputs up to this size are read again and compared with their digests before use: about a second. Larger ones are
@@ -109,7 +106,7 @@ class Job:
         self._say(f"{self.title}: {text}")
 
     def _appears(self, there: Callable[[], bool], what: Path | str) -> bool:
-        return _appears(there, what, self.say)
+        return appears(there, what, self.say)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -226,21 +223,6 @@ class Job:
                     )
 
 
-def _appears(there: Callable[[], bool], what: Path | str, say: Callable[[str], None]) -> bool:
-    """Whether something is there; in a Slurm job it is waited for: a shared file system may show it late."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return there()
-    begun, told = time.monotonic(), False
-    while not there():
-        if time.monotonic() - begun > LATE_SECONDS:
-            return False
-        if not told:
-            say(f"waits for {what}, which the file system does not show yet")
-            told = True
-        time.sleep(1)
-    return True
-
-
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
     """Send this process's standard output and error, and its children's, to `log`."""
@@ -344,7 +326,6 @@ def run(work: Callable[[Job], None], description: str, argv: list[str] | None = 
 
     job = None
     try:
-        _appears(args.stage.exists, args.stage, say)
         stage = Store(args.stage.parent.parent).load(args.stage.stem)
         if stage.trained != (args.at is not None):
             raise NemoflowError(f"--at: {'is missing' if stage.trained else f'{stage.kind} has no states'}")

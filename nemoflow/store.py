@@ -19,6 +19,7 @@ from pathlib import Path
 from nemoflow import kinds
 from nemoflow.canonical import canonical, identity_of
 from nemoflow.errors import NemoflowError
+from nemoflow.latency import appears
 
 SCHEMA = 1
 """Version of artifact.json's form."""
@@ -139,7 +140,7 @@ class Store:
         """The stage with this identity, as added or frozen. Raises NemoflowError when unknown or damaged."""
         if key not in self._loaded:
             path = self.stage_file(key)
-            if not path.exists():
+            if not appears(path.exists, path):
                 raise NemoflowError(f"{path}: no such stage; stages are frozen when a name is asked of Snakemake")
             payload = read_json(path)
             text = canonical(payload)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -109,6 +111,54 @@ def test_the_time_limit_three_times(slurm: Box, demo):
     assert set(outcomes[:-1]) == {"ended"}
     assert len(slurm.jobs().keys() - before.keys()) == 1
     demo.check_never_lost(trajectory, interval=1)
+
+
+def test_a_save_slower_than_the_grace_of_slurm(slurm: Box, demo):
+    """It is begun while there is time for it, so that none is cut off; Slurm would give it 3 s here, 30 elsewhere."""
+    settings = {"sleep.seconds": 3, "sleep.save_seconds": 32, "sleep.watch": True}
+    demo.set("phase1", overrides=settings, resources={"time": "3m"}, save_interval=100)
+    before = slurm.jobs()
+    child = demo.start("pretrain/demo@phase1")
+    said, _ = child.communicate(timeout=500)
+    assert child.returncode == 0, said
+    trajectory = the_trajectory(demo)
+    left, done = attempts(trajectory)
+    assert (left["outcome"], done["outcome"]) == ("unfinished", "done")
+    assert 10 < left["reached"] == done["from"] < 20
+    assert not list((trajectory / "checkpoints").glob(".*")), "no save was cut off"
+    assert demo.iterations(trajectory) == list(range(1, 21)), "nothing was trained twice"
+    assert len(slurm.jobs().keys() - before.keys()) == 1
+    demo.check_never_lost(trajectory, interval=1)
+
+
+def test_the_disk_is_full_during_a_save(demo):
+    """One clear error, the checkpoints before it are whole, and the same command goes on once there is room."""
+    demo.set("phase1", overrides={"sleep.seconds": 0.5, "sleep.bytes": 10**6})
+    store = demo.path / "artifacts"
+    kept = store.rename(demo.path / "kept")
+    store.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(store)], check=True)
+    try:
+        subprocess.run(f"cp -r {kept}/. {store}", shell=True, check=True)
+        child = demo.start("pretrain/demo@phase1")
+        trajectory = demo.wait_for("pretrain", 7, seconds=90)
+        filler = store / "filler"
+        with filler.open("wb") as file, suppress(OSError):
+            while True:
+                file.write(bytes(10**5))
+                file.flush()
+        said, _ = child.communicate(timeout=180)
+        assert child.returncode == 1, said
+        assert "no space left" in said
+        assert "Traceback" not in said
+        filler.unlink()
+        assert [p.name for p in (trajectory / "checkpoints").glob("[0-9]*")] == ["5"]
+        before = len(demo.iterations(trajectory))
+        demo.run("pretrain/demo@phase1")
+        assert demo.iterations(trajectory)[before:] == list(range(6, 21))
+        demo.check_digits(trajectory)
+    finally:
+        subprocess.run(["umount", "-l", str(store)], check=True)
 
 
 def test_preempted_by_a_more_urgent_job(slurm: Box, demo):
