@@ -21,6 +21,7 @@ from nemoflow.errors import NemoflowError
 from nemoflow.progress import human, seconds
 from nemoflow.stages import VIEWS, Recipe, Target, Trained
 from nemoflow.store import Stage, Store, dump, read_json, write_atomically
+from nemoflow.writer import holder
 
 LARGE = 8 * 10**9
 """Bytes of memory worth a word in the plan."""
@@ -267,6 +268,31 @@ class Session:
                 where = f"stages[{trained.spec.name}].resources.{key}" if trained else key
                 raise NemoflowError(f"{self.title(identity)}: {where}: {wrong}; change it there or in cluster.yaml")
         return None
+
+    def check_queue(self, needed: Iterable[str]) -> None:
+        """Refuse to work on this machine on what a Slurm job is to do. `needed`: identities of stages to be made.
+
+        How that job launches its processes stands in launch.json, which a run on this machine would write anew.
+        """
+        if self.cluster is not None or shutil.which("squeue") is None:
+            return
+        stages = [self.store.load(identity) for identity in needed]
+        begun = [
+            stage
+            for stage in stages
+            if (path := stage.directory / "launch.json").exists()
+            and read_json(path).get("cluster", launching.HERE)["launcher"] == "slurm"
+        ]
+        if not begun:
+            return
+        queue = [job for job in slurm.mine() if os.path.realpath(job.workdir) == str(Path.cwd().resolve())]
+        for stage in begun:
+            for job in [job for job in queue if stage.identity in job.comment] or [holder(stage.directory)]:
+                if job is not None:
+                    raise NemoflowError(
+                        f"{self.title(stage.identity)}: Slurm job {job.id} ({job.state.lower()}) is for this; wait for "
+                        f"it with `--profile slurm`, or end it with `scancel {job.id}`"
+                    )
 
     def check_budget(self, found: list[costs.Cost], approved: float | str) -> None:
         """Refuse to begin what takes more GPU-hours than the cluster's budget, and than `approved`."""

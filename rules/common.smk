@@ -166,8 +166,8 @@ class Plan(logging.Handler):
         jobs = [job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict]
         order = session.order()
         jobs.sort(key=lambda job: order.get((job.wildcards.id, number(job.wildcards)), len(order)))
+        identities = list(dict.fromkeys(job.wildcards.id for job in jobs))
         if jobs:
-            identities = list(dict.fromkeys(job.wildcards.id for job in jobs))
             clearly(session.check_raw_files, identities)
             lines, hours = [], []
             for needed in jobs:
@@ -187,10 +187,10 @@ class Plan(logging.Handler):
                 lines.append(f"  {unchecked}")
             logger.info("\n".join(["Plan:", *lines, ""]))
             clearly(session.check_budget, hours, config.get("approve", 0))
-        if (
-            not workflow.dryrun
-        ):  # here and not in onstart, which a workflow using this one as a module does not take over
-            clearly(session.check_room, {job.wildcards.id for job in jobs})
+        # Here and not in onstart, which a workflow using this one as a module does not take over
+        if not workflow.dryrun:
+            clearly(session.check_queue, identities)
+            clearly(session.check_room, identities)
             clearly(session.prepare)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from box import Box, wait
-from graph import kill
+from graph import Work, kill
 
 NAME = "pretrain/demo@phase1"
 
@@ -107,6 +107,23 @@ def test_told_to_end_it_lets_its_jobs_finish(slurm: Box, slow):
     wait(lambda: set(new_jobs(slurm, before).values()) == {"COMPLETED"}, "end of the job", seconds=120)
     slow.run(NAME)
     assert len(new_jobs(slurm, before)) == 1
+    trained_once(slow, trajectory)
+
+
+def test_a_run_on_this_machine_leaves_to_slurm_what_is_slurms(slurm: Box, slow):
+    """Its job would find that it is to be launched otherwise, when it starts or goes on in another slot."""
+    before = slurm.jobs()
+    first = slow.start(NAME)
+    trajectory = slow.wait_for("pretrain", 3, seconds=90)
+    launch = (trajectory / "launch.json").read_text()
+    done = subprocess.run(**Work._command(slow, NAME), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    (job,) = new_jobs(slurm, before)
+    assert f"pretrain phase1 of demo: Slurm job {job} (running) is for this; wait for it with" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (trajectory / "launch.json").read_text() == launch
+    first.communicate(timeout=180)
+    assert first.returncode == 0
     trained_once(slow, trajectory)
 
 
