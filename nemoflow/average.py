@@ -33,6 +33,15 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     Raises NemoflowError for a checkpoint that is damaged, one of another model, and a disk that is too small.
     """
     checkpoints = [state / "checkpoint" for state in inputs["states"]]
+    progress(f"averages {len(checkpoints)} states, in float32")
+    converting("nemoflow.average", checkpoints[0], out, *checkpoints, cluster=(launch or {}).get("cluster", HERE))
+    parameters = int((out / "parameters").read_text(encoding="utf-8"))
+    (out / "parameters").unlink()
+    return Made({"states": len(payload["of"]), "parameters": parameters}, listed(out))
+
+
+def _check(out: Path, checkpoints: tuple[Path, ...]) -> None:
+    """Raise NemoflowError for a checkpoint that is damaged, or of another model, and a disk that is too small."""
     sizes = [_weights(checkpoint) for checkpoint in checkpoints]
     for checkpoint, (shapes, _) in zip(checkpoints, sizes, strict=True):
         differing = [n for n in {**sizes[0][0], **shapes} if sizes[0][0].get(n) != shapes.get(n)]
@@ -41,11 +50,6 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     size = sizes[0][1]
     if (free := shutil.disk_usage(out).free) < size:
         raise NemoflowError(f"{out}: the checkpoint takes {human(size)} and {human(free)} are free; make room")
-    progress(f"averages {len(checkpoints)} states of {human(size)}, in float32")
-    converting("nemoflow.average", checkpoints[0], out, *checkpoints, cluster=(launch or {}).get("cluster", HERE))
-    parameters = int((out / "parameters").read_text(encoding="utf-8"))
-    (out / "parameters").unlink()
-    return Made({"states": len(payload["of"]), "parameters": parameters}, listed(out))
 
 
 def _weights(checkpoint: Path) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -69,6 +73,7 @@ def _weights(checkpoint: Path) -> tuple[dict[str, tuple[int, ...]], int]:
 
 def main(out: Path, *checkpoints: Path) -> None:
     """Average; see the module."""
+    _check(out, checkpoints)
     from nemoflow import cpu
 
     if on_cpu := cpu.needed():

@@ -38,7 +38,7 @@ def converting(module: str, about: Path, *arguments: Any, cluster: dict = HERE) 
         lines = [line for line in child.stderr.splitlines() if line.strip()]
         told = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
         last = lines[-1] if lines else child.returncode
-        raise NemoflowError(told[-1] if told else f"{about}: the conversion failed: {last}")
+        raise NemoflowError(told[-1] if told else f"{about}: {module} failed: {last}")
 
 
 def said(out: Path, main: Callable, *arguments: Any) -> None:

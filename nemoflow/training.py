@@ -120,6 +120,7 @@ class Trajectory:
             "scratch": str((self.directory / "scratch").resolve()),
             "metrics": str(self.metrics.resolve()),
             "config": str((self.directory / "config").resolve()),
+            "resolved": str(self.job.log.with_suffix(".config.yaml").resolve()),
             "resources": launch.get("resources", {"nodes": 1, "gpus_per_node": 1, "gpu": None}),
             "keep": launch.get("keep", {"last": 2, "every": None}),
             "guard": guard | {"spike": float(Fraction(guard["spike"])) if guard["spike"] else None},

@@ -24,7 +24,7 @@ if __name__ == "__main__":
         out.mkdir()
         inputs = {"model": Path(job["model"]), "sources": [Path(source) for source in job["sources"]]}
         try:
-            said = {"measures": evaluation.make(job["payload"], inputs, out, lambda _: None, job["launch"])}
+            said = {"measures": evaluation.evaluate(job["payload"], inputs, out, job["launch"])}
         except NemoflowError as error:
             said = {"error": str(error)}
         (out / "said.json").write_text(json.dumps(said))

@@ -459,7 +459,7 @@ def test_the_job_seals_what_the_summary_shows(model):
     program = [sys.executable, BASE / "scripts/eval.py", "--stage", stage]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "eval sums of demo@sft: asks 3 questions" in done.stderr
+    assert "eval sums of demo@sft: asks the questions of sums" in done.stderr
     assert {p.name for p in target.directory.glob("*.json*")} >= {"results.json", "samples.jsonl", "artifact.json"}
     assert [s["doc"]["question"] for s in samples({"out": target.directory})] == ["0?", "2?", "1?"]
     assert re.search(r"eval sums of demo@sft +exact_match 0.000 ± 0.000 of 3", session.summary())

@@ -49,6 +49,20 @@ def test_jobs_in_a_container_need_the_checkout_and_what_the_image_has():
         "trl",
     )
     programs = ("job", "training", "export", "imports", "average", "seal", "engines.megatron_bridge.train")
+    import_without(lacking, programs)
+
+
+def test_what_starts_programs_needs_none_of_what_they_need():
+    """On a cluster with containers Snakemake's environment has no torch: conversions and trainings do, elsewhere."""
+    lacking = ("torch", "megatron", "transformers", "trl", "lm_eval", "datasets", "ray")
+    import_without(
+        lacking, ("training", "export", "imports", "average", "evaluation", "seal", "session", "gate", "cli")
+    )
+    import_without(lacking, ("engines.megatron_bridge", "engines.trl", "lineage.trace", "verify"))
+
+
+def import_without(lacking: tuple[str, ...], programs: tuple[str, ...]) -> None:
+    """Import the library's modules where other packages are missing."""
     program = "\n".join(
         [
             "import importlib, sys",

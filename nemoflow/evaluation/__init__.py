@@ -5,6 +5,7 @@
                      what the model said, `filtered_resps` what of it counts, `target` and the metrics
 
 The questions come from source artifacts, so a job reaches no network. Everything the harness draws by lot is seeded.
+The model is asked by a process of its own, python -m nemoflow.evaluation JOB OUT, where the harness and torch are.
 """
 
 import json
@@ -14,7 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nemoflow.conversion import converting
 from nemoflow.errors import NemoflowError
+from nemoflow.launch import HERE
 
 HARNESS = "0.4.13"
 """Version of lm-eval. Its tasks, prompts and metrics define the result, so it is part of every identity."""
@@ -61,6 +64,18 @@ def check_arguments(backend: str, arguments: dict) -> None:
 
 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], launch: dict) -> dict:
+    """`evaluate` in a process of its own, in the cluster's container if it has one."""
+    model = inputs["model"]
+    job = {"payload": payload, "model": str(model), "sources": [*map(str, inputs["sources"])], "launch": launch}
+    progress(f"asks the questions of {payload['task']['name']}")
+    converting("nemoflow.evaluation", model, json.dumps(job), out, cluster=launch.get("cluster", HERE))
+    measures = out / "measures.json"
+    found = json.loads(measures.read_text(encoding="utf-8"))
+    measures.unlink()
+    return found
+
+
+def evaluate(payload: dict, inputs: dict, out: Path, launch: dict) -> dict:
     """Write results.json and samples.jsonl.
 
     payload: {"task": {"name", "text": own task file, or None for one of the harness's}, "data": {split: source},
@@ -78,8 +93,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
 
     splits = dict(zip(sorted(payload["data"]), inputs["sources"], strict=True))
     task = harness.load_task(payload, splits)
-    questions = harness.check_questions(task, payload["limit"])
-    progress(f"asks {questions:,} questions")
+    print(f"asks {harness.check_questions(task, payload['limit']):,} questions", flush=True)
     model = harness.load_model(inputs["model"], launch)
     found = harness.evaluate(task, model, payload)
     (out / "results.json").write_text(_dump(found["results"]), encoding="utf-8")

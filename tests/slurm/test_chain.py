@@ -51,6 +51,7 @@ def test_the_whole_chain(slurm: Box, tmp_path: Path):
         log = (trajectory / "attempts/1.log").read_text()
         assert "--nodes=2 --ntasks=2" in log
         assert "nemoflow.launch.node torchrun 2" in log
+        assert "tensor_model_parallel_size: 1" in (trajectory / "attempts/1.config.yaml").read_text()
         assert json.loads((trajectory / "run.json").read_text())["attempts"][0]["job"]["id"] in slurm.jobs()
     assert "valid loss" in said
 

@@ -419,16 +419,20 @@ def resolved(config: ConfigContainer) -> dict:
     return yaml.safe_load(text.getvalue())
 
 
-def record(config: ConfigContainer, path: Path) -> None:
+def record(config: ConfigContainer, path: Path, attempt: Path | None = None) -> None:
     """Write the resolved configuration to `path` at a stage's first start; later, refuse to go on when it differs.
+    Each time it is written to `attempt`, for what may differ and does.
 
     Raises NemoflowError naming the settings that differ, except what may differ (UNCOMPARED).
     """
     now = resolved(config)
+    text = yaml.safe_dump(now, sort_keys=True)
+    if attempt:
+        attempt.write_text(text, encoding="utf-8")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(yaml.safe_dump(now, sort_keys=True), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.rename(path)
         return
     before, now = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))), flatten(now)

@@ -27,7 +27,8 @@ The request (every path absolute):
                     "tflops_per_gpu", on GPUs "memory_gb"}, {"iteration", "valid_loss", in pretraining "valid_losses":
                     {source: loss}} and {"iteration", "save_seconds"} to, a line each; `tokens` counts those of this
                     stage, in SFT the padding included. Its directory gets TensorBoard's, and trackers', files
-    config          file for the resolved configuration
+    config          file for the resolved configuration, written at the first start and compared with later
+    resolved        optional: file for this run's
     keep            optional: {"last", "every"}: the newest checkpoints to keep, never fewer than two, and those of
                     which iterations' multiples, besides the wanted ones; without it all are kept
     guard           optional: {"spike", "patience"}: end when the loss has been above `spike` (null: never) times its
@@ -167,7 +168,7 @@ def run(request: dict) -> None:
     peft.patch(request)
     settings = config.build(request, load)
     if first:
-        config.record(settings, Path(request["config"]))
+        config.record(settings, Path(request["config"]), Path(r) if (r := request.get("resolved")) else None)
 
     consumed, batch = 0, settings.train.global_batch_size
     if init and init["carry"] != "weights":
