@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemoflow import locks, verify
+from nemoflow import locks, squeue, verify
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.errors import NemoflowError
@@ -113,7 +113,13 @@ def asked(args: argparse.Namespace) -> Session:
 
 
 def show(args: argparse.Namespace) -> None:
-    print(asked(args).summary())
+    if jobs := [int(name) for name in args.name if name.isdigit()]:
+        args.name = [name for name in args.name if not name.isdigit()]
+        print(squeue.table([squeue.of_id(job, args.store) for job in jobs]))
+    elif not args.name:
+        print(squeue.table(squeue.waiting_and_running(args.store)))
+    if args.name:
+        print(asked(args).summary())
 
 
 def graph(args: argparse.Namespace) -> None:
@@ -153,11 +159,15 @@ def main(argv: list[str] | None = None) -> None:
         if function is lock:
             command.add_argument("--only", nargs="+", metavar="SOURCE", help="pin these anew and keep the others")
     for function, text in (
-        (show, "what stands behind names such as sft/nano3-tiny: measures, seconds, paths"),
+        (
+            show,
+            "what stands behind names such as sft/nano3-tiny: measures, seconds, paths; of ids of Slurm jobs what they are "
+            "for; without any, this directory's Slurm jobs that wait or run",
+        ),
         (graph, "the lineage of names as one page to look at, without a network, or as a mermaid flowchart"),
     ):
         command = commands.add_parser(function.__name__, help=text, description=text)
-        command.add_argument("name", nargs="+")
+        command.add_argument("name", nargs="*" if function is show else "+")
         command.set_defaults(run=function)
         if function is graph:
             command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (lineage.html)")

@@ -115,6 +115,8 @@ def test_a_run_on_this_machine_leaves_to_slurm_what_is_slurms(slurm: Box, slow):
     before = slurm.jobs()
     first = slow.start(NAME)
     trajectory = slow.wait_for("pretrain", 3, seconds=90)
+    assert "running" in (shown := slow.nemoflow("show", check=True).stdout), shown
+    assert "pretrain phase1 of demo to 20" in shown
     launch = (trajectory / "launch.json").read_text()
     done = subprocess.run(**Work._command(slow, NAME), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
