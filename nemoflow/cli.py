@@ -161,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     for function, text in (
         (
             show,
-            "what stands behind names such as sft/nano3-tiny: measures, seconds, paths; of ids of Slurm jobs what they are "
-            "for; without any, this directory's Slurm jobs that wait or run",
+            "what stands behind names such as sft/nano3-tiny: measures, seconds, paths; of ids of Slurm jobs what they "
+            "are for; without any, this directory's Slurm jobs that wait or run",
         ),
         (graph, "the lineage of names as one page to look at, without a network, or as a mermaid flowchart"),
     ):
