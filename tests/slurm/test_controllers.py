@@ -164,7 +164,13 @@ def test_recipes_edited_and_deleted_meanwhile(slurm: Box, slow):
     """A job knows its frozen stage alone: what becomes of the recipe while it waits or runs is not its business."""
     before = slurm.jobs()
     recipe = slow.recipe().read_text()
-    first = slow.start(NAME)
+    slurm.run("scontrol", "update", "PartitionName=batch", "State=DOWN")
+    try:
+        first = slow.start(NAME)
+        wait(lambda: new_jobs(slurm, before), "job")
+        slow.set("phase1", overrides={"optimizer.lr": 0.5})
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=batch", "State=UP")
     trajectory = slow.wait_for("pretrain", 3, seconds=90)
     slow.recipe().write_text("stages: [")
     slow.owners(trajectory)[-1].send_signal(signal.SIGKILL)  # so that another slot starts under the broken recipe
