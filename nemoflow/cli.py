@@ -5,10 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from nemoflow import locks, squeue, verify
+from nemoflow import locks, squeue, stage_lock, verify
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
-from nemoflow.errors import NemoflowError
+from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.lineage import diff as lineage_diff
 from nemoflow.lineage import graph as lineage_graph
 from nemoflow.lineage import trace as lineage_trace
@@ -58,9 +58,17 @@ def write_schemas(_: argparse.Namespace) -> None:
 
 
 def lock(args: argparse.Namespace) -> None:
-    for name in args.recipe:
+    for name in [] if args.stages else args.recipe:
         file = locks.write(name, RECIPES, Store(args.store), lambda text: print(text, file=sys.stderr), args.only)
         print(f"{name}: wrote {file}; commit it" if file else f"{name}: nothing to lock: every source is generated")
+    for name in args.recipe if args.stages else []:
+        store = Store(args.store)
+        try:
+            recipe = Recipe(name, RECIPES, store)
+        except NotLocked:  # what is locked already stays
+            locks.write(name, RECIPES, store, lambda text: print(text, file=sys.stderr))
+            recipe = Recipe(name, RECIPES, store)
+        print(f"{name}: wrote {stage_lock.write(recipe)}; commit it")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -68,6 +76,8 @@ def check(args: argparse.Namespace) -> None:
     for name in args.recipe or known_recipes(RECIPES):
         try:
             recipe = Recipe(name, RECIPES, Store(args.store), unlocked=True)
+            if not recipe.unlocked:
+                stage_lock.check(recipe)
         except NemoflowError as error:
             print(f"nemoflow: error: {error}", file=sys.stderr)
             failed = True
@@ -158,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         command.set_defaults(run=function)
         if function is lock:
             command.add_argument("--only", nargs="+", metavar="SOURCE", help="pin these anew and keep the others")
+            text = "hold the recipe to its stages of today: an edit that would change one is refused"
+            command.add_argument("--stages", action="store_true", help=text)
     for function, text in (
         (
             show,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import costs, slurm, summary
+from nemoflow import costs, slurm, stage_lock, summary
 from nemoflow import launch as launching
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
@@ -78,6 +78,7 @@ class Session:
             raise NemoflowError(f"{text}: {wrong}; write KIND/RECIPE[@STAGE][:ITERATION]")
         if recipe not in self.recipes:
             self.recipes[recipe] = Recipe(recipe, self.directories, self.store, cluster=self.cluster)
+            stage_lock.check(self.recipes[recipe])
         return self.recipes[recipe].view(kind, stage, int(at) if at else None)
 
     def links(self, name: str) -> dict[str, str]:

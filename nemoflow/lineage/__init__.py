@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemoflow.compare import Key
 from nemoflow.errors import NemoflowError
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS
@@ -20,9 +21,6 @@ from nemoflow.store import SCHEMA, read_json
 RECORDS = ("artifact.json", "sealed.json")
 CLOSURE = "lineage.json"
 """In an export: the records of all it comes from."""
-
-Key = tuple[str, int | None]
-"""An artifact: identity, and the state of a training."""
 
 _SHAPE: dict[str, type | tuple[type, ...]] = {
     "kind": str,
