@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemoflow import locks, squeue, stage_lock, verify
+from nemoflow import gc, locks, squeue, stage_lock, verify
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.errors import NemoflowError, NotLocked
@@ -25,15 +25,10 @@ SCHEMAS = {
 }
 
 
-def known_recipes(directories: list[Path]) -> list[str]:
-    """Names of the recipes in `directories`."""
-    return sorted({path.stem for directory in directories for path in directory.glob("*.yaml")})
-
-
 def print_targets(directories: list[Path]) -> None:
     """Print the names each recipe offers; a broken recipe is shown with its error and hides no other."""
     print("Ask for one of these: snakemake TARGET   (what would run: snakemake -n TARGET)\n")
-    for name in known_recipes(directories):
+    for name in grammar.known(directories):
         try:
             recipe = Recipe(name, directories, Store("artifacts"))
         except NemoflowError as error:
@@ -73,7 +68,7 @@ def lock(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     failed = False
-    for name in args.recipe or known_recipes(RECIPES):
+    for name in args.recipe or grammar.known(RECIPES):
         try:
             recipe = Recipe(name, RECIPES, Store(args.store), unlocked=True)
             if not recipe.unlocked:
@@ -149,6 +144,10 @@ def check_sealed(args: argparse.Namespace) -> None:
     verify.run(args.name, Session(args.store, RECIPES), args.deep, args.threads)
 
 
+def collect(args: argparse.Namespace) -> None:
+    gc.run(Store(args.store), RECIPES, args.delete, args.json)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one clear message and exit code 1."""
     parser = argparse.ArgumentParser(prog="nemoflow", description=__doc__)
@@ -202,6 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--deep", action="store_true", help="read every file that has a digest; else sizes only")
     command.add_argument("--threads", type=int, default=8, help="files read at a time (8)")
     command.set_defaults(run=check_sealed)
+    text = "artifacts and states that no name, recipe or lock reaches; deletes nothing unless told"
+    command = commands.add_parser("gc", help=text, description=text)
+    command.add_argument("--delete", action="store_true", help="delete them, but for what a job works on")
+    command.add_argument("--json", action="store_true", help="as data")
+    command.set_defaults(run=collect)
     command = commands.add_parser("schema", help="write config/*.schema.json from the types")
     command.set_defaults(run=write_schemas)
     args = parser.parse_args(argv)

@@ -720,6 +720,11 @@ def validated(model: type[Model], data: dict, path: Path) -> Any:
         raise NemoflowError(_explain(error, data, path, model)) from None
 
 
+def known(directories: list[Path]) -> list[str]:
+    """Names of the recipes in `directories`."""
+    return sorted({path.stem for directory in directories for path in directory.glob("*.yaml")})
+
+
 def load(name: str, directories: list[Path]) -> tuple[Path, Recipe]:
     """Recipe `name` with what it extends and the blends it names, and its file.
 

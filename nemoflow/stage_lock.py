@@ -20,6 +20,9 @@ from nemoflow.store import read_json, write_atomically
 SCHEMA = 1
 """Version of the file's form."""
 
+SUFFIX = ".stages.json"
+"""What the file's name ends with."""
+
 LONG = 20
 """Entries of a list of files or shards up to which it is written out."""
 
@@ -28,7 +31,7 @@ SHOWN = 3
 
 
 def file_of(recipe: Recipe) -> Path:
-    return recipe.file.with_name(f"{recipe.name}.stages.json")
+    return recipe.file.with_name(f"{recipe.name}{SUFFIX}")
 
 
 def write(recipe: Recipe) -> Path:

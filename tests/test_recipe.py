@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemoflow import recipe as grammar
-from nemoflow.cli import SCHEMAS, known_recipes, schema
+from nemoflow.cli import SCHEMAS, schema
 from nemoflow.errors import NemoflowError
 
 SHIPPED = BASE / "config/recipes"
@@ -401,7 +401,7 @@ def test_shipped_blends_are_fine_for_the_types_and_for_editors(path):
     assert all(source.reason for source in blend.sources.values()), "every weight has a reason"
 
 
-@pytest.mark.parametrize("name", known_recipes([SHIPPED]))
+@pytest.mark.parametrize("name", grammar.known([SHIPPED]))
 def test_shipped_recipes_are_fine_for_the_types_and_for_editors(name):
     path, _ = grammar.load(name, [SHIPPED])
     assert path.read_text().startswith("# yaml-language-server: $schema=../recipe.schema.json\n")
