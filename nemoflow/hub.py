@@ -265,6 +265,28 @@ def _weights(names: list[str]) -> bool:
     return any(name.endswith(".safetensors") for name in names)
 
 
+def license_of(repo: str, commit: str, kind: Kind = "dataset") -> str | None:
+    """The license that a repository's card names at a commit: the hub's identifier, or where that is `other` the name
+    beside it; None where the card, or the repository, says nothing.
+    """
+    import yaml
+    from huggingface_hub import RepoCard
+
+    with _explained(repo, kind, commit):
+        found = _files(repo, kind, commit, ["README.md"])
+        if not found:
+            return None
+        text = b"".join(_bytes(_url(repo, kind, commit, "README.md"), 0, found[0]["size"]))
+    try:
+        said = RepoCard(text.decode("utf-8", "replace"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError):  # the hub shows such a card all the same, without what it says of itself
+        return None
+    names = said.get("license")
+    names = names if isinstance(names, list) else [names]
+    names = [said.get("license_name", name) if name == "other" else name for name in names]
+    return ", ".join(str(name) for name in names if name) or None
+
+
 def _files(repo: str, kind: Kind, commit: str, paths: Sequence[str]) -> list[dict]:
     """Sizes and digests of those of `paths` that exist, in their order."""
     from huggingface_hub import HfApi

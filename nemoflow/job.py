@@ -82,6 +82,13 @@ def _versions() -> dict:
     return found
 
 
+def device(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """The name of this machine's GPUs, as their driver has it; CPU where there are none."""
+    lines = [line for file in driver.glob("*/information") for line in file.read_text().splitlines()]
+    models = {line.partition(":")[2].strip() for line in lines if line.startswith("Model:")}
+    return ", ".join(sorted(models)) or "CPU"
+
+
 class Job:
     """A stage being worked on, with its lock held; `at` is the wanted state, for trained kinds."""
 
@@ -173,12 +180,12 @@ class Job:
         write(self.stage.directory / "run.json", dump({"attempts": self.attempts}))
 
     def _planned(self) -> dict:
-        """Of a training: the state it is for, the iteration it starts from, and the GPUs (or processes) it holds."""
+        """Of a training: the state it is for, the iteration it starts from, the GPUs (or processes) it holds, which."""
         if self.at is None:
             return {}
         resources = self.launch.get("resources", {})
         gpus = resources.get("nodes", 1) * resources.get("gpus_per_node", 1)
-        return {"at": self.at, "from": slots.reached(self.stage), "gpus": gpus}
+        return {"at": self.at, "from": slots.reached(self.stage), "gpus": gpus, "device": device()}
 
     def input(self, role: str) -> Path | None:
         """The directory of the input with this role; None when the stage has none."""
@@ -260,8 +267,8 @@ def build(program: ModuleType) -> Callable[[Job], None]:
 
     make(payload, inputs, out, progress) returns the artifact's measures, or `Made`; `inputs` maps a role to a
     directory, or to a list of them where the role is in the plural. It may have further parameters: `lineage`, the
-    sealed records of all ancestors, inputs before what consumes them; `launch`, what stands outside the identity;
-    `threads`, how many processors it may use.
+    sealed records of all ancestors, inputs before what consumes them; `attempts`, identity -> those of run.json, of all
+    trained ancestors; `launch`, what stands outside the identity; `threads`, how many processors it may use.
 
     `out` is empty, unless the program says RESUMES = True: then it holds what an interrupted attempt finished.
     """
@@ -285,6 +292,11 @@ def build(program: ModuleType) -> Callable[[Job], None]:
             "lineage": lambda: [
                 s.sealed(n) for s, n in stage.store.ancestors(stage.identity) if s.identity != stage.identity
             ],
+            "attempts": lambda: {
+                s.identity: read_json(run)["attempts"]
+                for s, _ in stage.store.ancestors(stage.identity)
+                if s.trained and (run := s.directory / "run.json").exists()
+            },
         }
         more = {key: offered[key]() for key in offered.keys() & inspect.signature(make).parameters.keys()}
         try:

@@ -1,4 +1,4 @@
-"""What a sealed artifact measured, in a few words for people."""
+"""What a sealed artifact measured, and what its training took, in a few words for people."""
 
 
 def _measures(record: dict) -> dict:
@@ -43,3 +43,34 @@ def line(record: dict) -> str:
     """Both in one line."""
     count = tokens(record)
     return ", ".join(part for part in (f"{count:,} tokens" if count is not None else "", result(record)) if part)
+
+
+def hardware(attempts: list[dict]) -> str:
+    """What attempts of run.json ran on: "16 x NVIDIA H200", or "CPU"; empty where they do not say."""
+    found = [
+        device if device == "CPU" else f"{attempt.get('gpus', 1):,} x {device}"
+        for attempt in attempts
+        if (device := attempt.get("device"))
+    ]
+    return ", ".join(dict.fromkeys(found))
+
+
+def gpu_hours(attempts: list[dict], at: int | None = None) -> float | None:
+    """GPU-hours of a training's attempts, up to iteration `at`; None where none of them ran on GPUs.
+
+    An attempt that went on beyond `at` counts in proportion to its iterations, one that does not say how long it took
+    for nothing.
+    """
+    hours = [
+        attempt["gpus"] * attempt["seconds"] / 3600 * _share(attempt, at)
+        for attempt in attempts
+        if attempt.get("device", "CPU") != "CPU" and "seconds" in attempt
+    ]
+    return sum(hours) if hours else None
+
+
+def _share(attempt: dict, at: int | None) -> float:
+    begun, reached = attempt.get("from", 0), attempt.get("reached", 0)
+    if at is None or reached <= at:
+        return 1.0 if at is None or begun < at or begun == reached == at else 0.0
+    return max(0, at - begun) / (reached - begun)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from huggingface_hub import ModelCard
 
 BASE = Path(__file__).resolve().parents[1]
 PARTS = (
@@ -184,6 +185,18 @@ def test_a_copy_elsewhere_plans_nothing(demo, tmp_path):
     run(tmp_path, "cp", "-r", str(demo.path / "artifacts"), "artifacts")
     assert "Plan:" not in run(tmp_path, "snakemake", "hf_export/nano3-tiny")
     assert (tmp_path / "hf_export/nano3-tiny/model.safetensors").exists()
+
+
+def test_an_export_copied_away_alone_names_every_raw_file(demo, tmp_path):
+    shutil.copytree(demo.path / "hf_export/nano3-tiny", tmp_path / "model")
+    found = json.loads(run(tmp_path, "nemoflow", "trace", "model", "--json"))
+    assert found["missing"] == []
+    sources = [a["record"] for a in found["artifacts"] if a["record"]["kind"] == "source"]
+    assert len(sources) == 5
+    assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for source in sources for file in source["contents"])
+    card = ModelCard.load(tmp_path / "model/README.md")
+    assert {"pretrain", "sft", "rl"} <= set(card.data.tags)
+    assert "| sft nemotron-3-nano to 90 | 90 | " in card.text
 
 
 def test_the_readme_s_commands_run(demo):

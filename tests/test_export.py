@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hf_models import random_model, small_tokenizer
 
 from nemoflow.errors import NemoflowError
 from nemoflow.export import layout, make, special_tokens
+from nemoflow.store import file_digest
 
 HERE = Path(__file__).parent
 NOBODY = print  # progress goes to the captured output
@@ -201,9 +201,12 @@ def test_it_chats_and_stops(converted, tokenizer):
 
 def test_measures(saved, tokenizer, model, tmp_path):
     payload = {"engine": "trl", "dtype": "bfloat16"}
-    measures = make(payload, {"state": saved, "tokenizer": tokenizer}, tmp_path, NOBODY, LINEAGE)
+    measures, contents = make(payload, {"state": saved, "tokenizer": tokenizer}, tmp_path, NOBODY, LINEAGE)
     file = tmp_path / "model.safetensors"
     assert measures == {"parameters": model.num_parameters(), "bytes": file.stat().st_size, "dtype": "bfloat16"}
+    assert {p.name for p in tmp_path.iterdir()} - {entry["name"] for entry in contents} == {"README.md"}
+    assert all(file_digest(tmp_path / entry["name"]) == entry["sha256"] for entry in contents)
+    assert json.loads((tmp_path / "lineage.json").read_text()) == {"artifacts": LINEAGE}
 
 
 def test_bfloat16_leaves_the_router_bias_alone(saved, published, tokenizer, tmp_path):
@@ -211,23 +214,6 @@ def test_bfloat16_leaves_the_router_bias_alone(saved, published, tokenizer, tmp_
     for name, tensor in rounded.items():
         kept = name.endswith(layout.ROUTER_BIAS)
         assert torch.equal(tensor, exact[name] if kept else exact[name].to(torch.bfloat16)), name
-
-
-def test_the_card_says_where_the_model_comes_from(converted):
-    text = (converted / "README.md").read_text()
-    _, front, body = text.split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["nemotron_h", "mamba2", "moe", "pretrain", "rl"],
-    }
-    lines = body.splitlines()
-    assert "| pretrain nemotron-3-nano | 150 | 614,400 | 3.25 | 7.625 -> 3.5 |  |" in lines
-    assert "| rl grpo | 60 |  |  |  | 0.25 -> 0.375 |" in lines
-    assert "| stdlib-topics | generated: `stdlib_topics` (count 3) | 1,234 | `aaaaaaaaaaaa` |" in lines
-    assert "| pretrain | nemotron-3-nano | `dddddddddddd` at 150 | 614,400 tokens, 150 iterations |" in lines
-    assert "| blend | stdlib-topics | `bbbbbbbbbbbb` | 1,200 documents, 424,242 tokens |" in lines
-    assert "apply_chat_template" in body
 
 
 @pytest.mark.parametrize("more", [{}, {"moe_latent_size": 24}])

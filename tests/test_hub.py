@@ -95,6 +95,25 @@ def test_splits_directories_and_several_patterns_of_a_card(hub, tmp_path):
         assert one["files"][1] == {"path": "sub/b.jsonl", "size": len(small), "git_sha1": git_sha1(small)}
 
 
+@pytest.mark.parametrize(
+    ("files", "license_"),
+    [
+        ({"README.md": b"---\nlicense: cc-by-4.0\n---\n# A dataset\n"}, "cc-by-4.0"),
+        ({"README.md": b"---\nlicense: [mit, apache-2.0]\n---\n" + b"long " * 1000}, "mit, apache-2.0"),
+        ({"README.md": b"---\nlicense: other\nlicense_name: of-its-own\n---\n"}, "of-its-own"),
+        ({"README.md": b"---\nlicense: other\n---\n"}, "other"),
+        ({"README.md": b"no front matter"}, None),
+        ({"README.md": b"---\nlicense: [\n---\n"}, None),
+        ({"README.md": b"---\n- a list\n---\n"}, None),
+        ({"a.jsonl": b"{}"}, None),
+    ],
+)
+def test_the_license_is_what_the_card_says_at_the_commit(hub, tmp_path, files, license_):
+    commit = hub.datasets["org/set"].commit(files)
+    hub.datasets["org/set"].commit({"README.md": b"---\nlicense: another\n---\n"})
+    assert hub.run(f"show(hub.license_of('org/set', {commit!r}))", tmp_path) == [license_]
+
+
 def test_a_dataset_without_a_card_is_split_as_datasets_does(hub, tmp_path):
     files = {"train-0.jsonl": lines("0"), "train-1.jsonl": lines("1"), "test-0.jsonl": lines("t")}
     commit = hub.datasets["org/set"].commit(files)

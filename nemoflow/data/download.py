@@ -22,7 +22,8 @@ def make(payload: dict, _: dict, out: Path, progress: Callable[[str], None], thr
     """Download files/00000.FORMAT ..., `threads` at a time, in the order of the payload.
 
     `payload` is {"hub": {"repo", "config", "split", "commit"}, "files": [{"path", "size", "sha256" or "git_sha1"}],
-    "format"}. `out` may hold what earlier attempts got. Returns the measures {"files", "bytes"} and the contents.
+    "format"}. `out` may hold what earlier attempts got. Returns the measures {"files", "bytes", "license" where the
+    dataset's card names one} and the contents.
 
     Raises NemoflowError when the hub does not give a file, or gives other bytes than were pinned, and when the disk is
     too small for what is missing.
@@ -47,7 +48,9 @@ def make(payload: dict, _: dict, out: Path, progress: Callable[[str], None], thr
         return {"name": f"files/{target.name}", "size": entry["size"], "sha256": sha256}
 
     contents = in_threads(fetch_file, list(zip(entries, targets, strict=True)), threads, meter)
-    return Made({"files": len(contents), "bytes": sum(entry["size"] for entry in contents)}, contents)
+    license_ = hub.license_of(payload["hub"]["repo"], payload["hub"]["commit"])
+    measures = {"files": len(contents), "bytes": sum(entry["size"] for entry in contents)}
+    return Made(measures | ({"license": license_} if license_ else {}), contents)
 
 
 def _check_space(entries: list[dict], targets: list[Path]) -> None:

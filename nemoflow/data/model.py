@@ -22,7 +22,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
                 "files": [{"path", "size", "sha256" or "git_sha1"}]}
     inputs      {"files": local files in the same order}, for local ones
 
-    Returns the measures {"files", "bytes"} and the contents.
+    Returns the measures {"files", "bytes", "license" where the model's card names one} and the contents.
 
     Raises NemoflowError for a file that is missing or other than it was pinned, and for a disk too small.
     """
@@ -48,4 +48,6 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
         return {"name": entry["path"], "size": entry["size"], "sha256": sha256}
 
     contents = in_threads(place, list(enumerate(entries)), threads, meter)
-    return Made({"files": len(contents), "bytes": sum(entry["size"] for entry in contents)}, contents)
+    license_ = hub.license_of(model["repo"], model["commit"], "model") if model else None
+    measures = {"files": len(contents), "bytes": sum(entry["size"] for entry in contents)}
+    return Made(measures | ({"license": license_} if license_ else {}), contents)

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemoflow.conversion import converting
+from nemoflow.data.made import Made
 from nemoflow.errors import NemoflowError
 from nemoflow.export import card, layout
 from nemoflow.launch import HERE
+from nemoflow.lineage import CLOSURE
+from nemoflow.store import dump, file_digest
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -21,6 +24,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
+
+CARD = "README.md"
+"""The model card. It says what the training took, which two runs do not share, so it is no part of what is sealed."""
 
 CHAT_END = "<|im_end|>"
 """The token that ends a turn of a chat: generation stops at it as at the end of a document."""
@@ -32,16 +38,18 @@ def make(
     out: Path,
     progress: Callable[[str], None],
     lineage: list[dict],
+    attempts: dict[str, list[dict]] | None = None,
     launch: dict | None = None,
-) -> dict:
+) -> Made:
     """Write the checkpoint of a trained state into `out`: config.json, model.safetensors, tokenizer, README.md, ...
 
     payload: {"engine": "megatron_bridge" | "trl", "dtype": "float32" | "bfloat16"}. inputs: {"state": directory with a
     link `checkpoint`, "tokenizer": directory}, and for a state of adapters "base": like "state", of the model beneath
-    them; then out/adapter holds them too (adapter.py). lineage: sealed records of all the state comes from, in order.
+    them; then out/adapter holds them too (adapter.py). lineage: sealed records of all the state comes from, in order;
+    lineage.json holds them. attempts: those of run.json, by identity of the trainings, for the card.
     launch: "cluster", where the conversion runs.
 
-    Returns {"parameters", "bytes" of the weight files, "dtype"}.
+    Returns the measures {"parameters", "bytes" of the weight files, "dtype"}, and the contents, without the card.
 
     Raises NemoflowError for a damaged checkpoint, a model that has no such form, and a tokenizer that does not fit it.
     """
@@ -79,8 +87,11 @@ def make(
         "dtype": payload["dtype"],
     }
     chat = (out / "chat_template.jinja").exists()
-    (out / "README.md").write_text(card.text(config, measures, lineage, chat), encoding="utf-8")
-    return measures
+    (out / CARD).write_text(card.text(config, measures, lineage, chat, attempts or {}), encoding="utf-8")
+    (out / CLOSURE).write_text(dump({"artifacts": lineage}), encoding="utf-8")
+    files = sorted(p for p in out.rglob("*") if p.is_file() and p != out / CARD)
+    sizes = ({"name": p.relative_to(out).as_posix(), "size": p.stat().st_size, "sha256": file_digest(p)} for p in files)
+    return Made(measures, list(sizes))
 
 
 def special_tokens(tokenizer: Path) -> dict:

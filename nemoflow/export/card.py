@@ -1,9 +1,15 @@
-"""README.md of an exported model: what it is, what it was trained on and how, from the sealed records alone.
+"""README.md of an exported model: what it is, what it was trained on and how.
 
-It speaks of labels and identities. Recipe names, hosts, dates and hours do not define a model and stay outside.
+From the sealed records, by labels and identities, and from run.json what the training took. What a training took does
+not define the model, so the card is no part of what is sealed; the records in lineage.json beside it are.
 """
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from nemoflow import summary
+from nemoflow.kinds import TRAINED
+from nemoflow.lineage import graph
 
 _MEASURES = {
     "documents": "documents",
@@ -16,34 +22,52 @@ _MEASURES = {
 }
 """Measures shown in the lineage, and what they are called there; where they are given by split, those of training."""
 
+_LICENSES = {"stdlib_topics": "PSF-2.0", "stdlib_docstrings": "PSF-2.0", "stdlib_chats": "PSF-2.0"}
+"""Generator -> license of what it takes its texts from: Python's documentation."""
 
-def text(config: dict, measures: dict, lineage: list[dict], chat: bool) -> str:
-    """The model card, as Markdown with YAML front matter.
+_SETTINGS = {
+    "learning rate": ("optimizer.lr", "grpo.learning_rate", "dpo.learning_rate"),
+    "least": ("optimizer.min_lr",),
+    "schedule": ("scheduler.lr_decay_style", "grpo.lr_scheduler_type", "dpo.lr_scheduler_type"),
+    "batch": ("train.global_batch_size", "grpo.per_device_train_batch_size", "dpo.per_device_train_batch_size"),
+    "sequence length": ("model.seq_length",),
+    "weight decay": ("optimizer.weight_decay", "grpo.weight_decay", "dpo.weight_decay"),
+}
+"""Column of the table of hyperparameters -> settings it shows, of any engine."""
+
+
+def text(config: dict, measures: dict, lineage: list[dict], chat: bool, attempts: dict[str, list[dict]]) -> str:
+    """The model card, as Markdown with YAML front matter that the Hugging Face Hub understands.
 
     `config` is config.json, `measures` those of the export, `lineage` the sealed records of all it comes from, inputs
-    before what consumes them; `chat` says whether the tokenizer has a chat template.
+    before what consumes them; `chat` says whether the tokenizer has a chat template; `attempts` of run.json, by
+    identity of the training.
     """
-    trained = [r for r in lineage if r["kind"] in ("pretrain", "sft", "rl")]
+    trained = [r for r in lineage if r["kind"] in TRAINED]
     sources = [r for r in lineage if r["kind"] == "source"]
     hybrid = "hybrid_override_pattern" in config
     own = ["nemotron_h", "mamba2", "moe"] if hybrid else [config["model_type"]]
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [*own, *dict.fromkeys(r["kind"] for r in trained)],
-    }
+    imported = {r["payload"]["model"] for r in lineage if r["kind"] == "import"}
+    bases = [r["payload"]["model"]["repo"] for r in sources if r["identity"] in imported and r["payload"].get("model")]
+    front = ModelCardData(
+        base_model=list(dict.fromkeys(bases)) or None,
+        datasets=list(dict.fromkeys(r["payload"]["hub"]["repo"] for r in sources if "hub" in r["payload"])) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*own, *dict.fromkeys(r["kind"] for r in trained), "nemoflow"],
+    )
     name = "NemotronH" if hybrid else config["architectures"][0].removesuffix("ForCausalLM")
     parts = [
-        "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
         f"# {name}, {_count(measures['parameters'])} parameters\n",
         _model(config, measures),
         "## Use\n\n" + (_CHAT if chat else _TEXT),
-        "## Training\n\n" + _training(trained),
+        "## Training\n\n" + _training(trained, attempts),
         "## Data\n\n" + _data(sources),
         "## Lineage\n\nEvery artifact this model comes from, each before what was made from it. An identity is a hash "
-        "of what defines the artifact, down to the data.\n\n" + _lineage(lineage),
+        "of what defines the artifact, down to the data. `lineage.json` holds the records of all of them, with every "
+        "file and its digest.\n\n" + _lineage(lineage),
     ]
-    return "\n".join(parts)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n" + "\n".join(parts)))
 
 
 def _count(number: int) -> str:
@@ -97,31 +121,51 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 """
 
 
-def _training(trained: list[dict]) -> str:
-    """One row per stage: how long, on how many tokens, and what came of it."""
+def _training(trained: list[dict], attempts: dict[str, list[dict]]) -> str:
+    """A row per stage: how long, on how many tokens, what came of it and what it took; and with which settings."""
 
     def change(measures: dict, name: str) -> str:
         first, last = measures.get(f"{name}_first"), measures.get(name)
         return f"{first:.4g} -> {last:.4g}" if None not in (first, last) else "" if last is None else f"{last:.4g}"
 
-    rows = []
+    def title(record: dict) -> str:
+        return f"{record['kind']} {record['label']} to {record['at']}"
+
+    rows, settings = [], []
     for record in trained:
-        measures = record["measures"]
+        measures, own = record["measures"], attempts.get(record["identity"], [])
+        hours = summary.gpu_hours(own, record["at"])
         rows.append(
             (
-                f"{record['kind']} {record['label']}",
+                title(record),
                 measures.get("iterations", ""),
                 f"{measures['tokens']:,}" if "tokens" in measures else "",
                 "" if record["kind"] == "rl" else change(measures, "loss"),
                 change(measures, "valid_loss"),
                 change(measures, "reward"),
+                summary.hardware(own),
+                "" if hours is None else f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}",
             )
         )
-    head = ("stage", "iterations", "tokens", "training loss", "validation loss", "reward")
-    return (
-        _table(head, rows)
-        + "\nFirst value -> last value; a reward is the mean of the samples of a tenth of the steps.\n"
+        overrides = record["payload"].get("overrides", {})
+        shown = (next((overrides[key] for key in keys if key in overrides), "") for keys in _SETTINGS.values())
+        settings.append((title(record), *shown))
+    head = ("stage", "iterations", "tokens", "training loss", "validation loss", "reward", "hardware", "GPU-hours")
+    return "\n".join(
+        [
+            _table(head, rows),
+            "First value -> last value; a reward is the mean of the samples of a tenth of the steps.\n",
+            _table(("stage", *_SETTINGS), settings),
+            "What is empty there is as the recipe function has it. All that is set:\n",
+            *(_all_settings(title(record), record["payload"]) for record in trained),
+        ]
     )
+
+
+def _all_settings(title: str, payload: dict) -> str:
+    """What defines a training, folded away."""
+    text = yaml.safe_dump({k: v for k, v in payload.items() if k != "kind"}, sort_keys=True, allow_unicode=True)
+    return f"<details><summary>{title}</summary>\n\n```yaml\n{text}```\n\n</details>\n"
 
 
 def _data(sources: list[dict]) -> str:
@@ -135,20 +179,28 @@ def _data(sources: list[dict]) -> str:
             hub = payload["hub"]
             subset = " ".join(hub[k] for k in ("config", "split") if hub.get(k))
             origin = f"`{hub['repo']}` ({subset}) at {hub['commit'][:12]}, {len(payload['files']):,} files"
+        elif payload.get("model"):
+            origin = f"model `{payload['model']['repo']}` at {payload['model']['commit'][:12]}"
         else:
             origin = f"{len(payload.get('files', []))} files, pinned by digest"
         size = f"{measures['documents']:,}" if "documents" in measures else ""
-        rows.append((record["label"], origin, size, f"`{record['identity']}`"))
-    return _table(("source", "origin", "documents", "identity"), rows)
+        license_ = measures.get("license") or _LICENSES.get(payload.get("generator")) or "not known"
+        license_ = "none, it is generated" if license_ == "not known" and "generator" in payload else license_
+        rows.append((record["label"], origin, license_, size, f"`{record['identity']}`"))
+    return _table(("source", "origin", "license", "documents", "identity"), rows)
 
 
 def _lineage(lineage: list[dict]) -> str:
+    """As a chart and as a table; the shards of a source, which may be thousands, in the chart alone."""
     rows = []
     for record in lineage:
+        if record["kind"] == "shards":
+            continue
         measures = record["measures"] | record["measures"].get("train", {})
         shown = {name: measures.get(name) for name in _MEASURES}
         shown = {name: value.get("train") if isinstance(value, dict) else value for name, value in shown.items()}
         said = [f"{value:,} {_MEASURES[name]}" for name, value in shown.items() if isinstance(value, int)]
         identity = f"`{record['identity']}`" + (f" at {record['at']}" if "at" in record else "")
         rows.append((record["kind"], record["label"], identity, ", ".join(said)))
-    return _table(("kind", "label", "identity", "measures"), rows)
+    chart = f"```mermaid\n{graph.mermaid(graph.told(lineage))}\n```\n"
+    return f"{chart}\n{_table(('kind', 'label', 'identity', 'measures'), rows)}"

@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemoflow.compare import Key
 from nemoflow.errors import NemoflowError
-from nemoflow.session import Session
-from nemoflow.stages import VIEWS
 from nemoflow.store import SCHEMA, read_json
+
+if TYPE_CHECKING:  # an export reads lineages in a container, which has nothing that recipes are read with
+    from nemoflow.session import Session
 
 RECORDS = ("artifact.json", "sealed.json")
 CLOSURE = "lineage.json"
@@ -242,7 +243,7 @@ def store_of(artifact: Artifact) -> Path:
     return real.parents[1 if artifact.at is None else 2]
 
 
-def found(name: str, session: Session | None) -> list[Path]:
+def found(name: str, session: "Session | None") -> list[Path]:
     """The directories behind what a person wrote: a name, an artifact, a training, a store, or a copy of any of these.
 
     `session` resolves the names that show nothing; without it they are refused. The directories of a resolved name need
@@ -254,6 +255,8 @@ def found(name: str, session: Session | None) -> list[Path]:
     if below := _below(path) or list(every(path)):
         return below
     if session is None or not session.resolve([name]):
+        from nemoflow.stages import VIEWS
+
         raise NemoflowError(f"{name}: write KIND/RECIPE[@STAGE][:N], KIND one of {', '.join(VIEWS)}, or a directory")
     return [target.directory for target in session.names[_normal(name, session)].values()]
 
@@ -274,7 +277,7 @@ def _directories(path: Path) -> list[Path]:
     return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
 
 
-def _normal(name: str, session: Session) -> str:
+def _normal(name: str, session: "Session") -> str:
     return next(n for n in reversed(session.names) if Path(n) == Path(name))
 
 

@@ -9,12 +9,15 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemoflow import kinds, summary, training
 from nemoflow.errors import NemoflowError
 from nemoflow.lineage import Lineage, address, found, load
-from nemoflow.session import Session
 from nemoflow.store import read_json, write_atomically
+
+if TYPE_CHECKING:  # the charts of model cards are drawn in a container, which has nothing that recipes are read with
+    from nemoflow.session import Session
 
 PAGE = Path(__file__).parent / "page"
 
@@ -67,7 +70,7 @@ def key(identity: str, at: int | None) -> str:
     return identity if at is None else f"{identity}:{at}"
 
 
-def planned(session: Session) -> list[Node]:
+def planned(session: "Session") -> list[Node]:
     """The lineage of a session's names, as today's recipes have it, inputs before what consumes them."""
     nodes: dict[str, Node] = {}
     for view in session.names.values():
@@ -103,7 +106,19 @@ def kept(lineage: Lineage) -> list[Node]:
     return list(nodes.values())
 
 
-def asked(names: list[str], session: Session) -> list[Node]:
+def told(records: list[dict]) -> list[Node]:
+    """Artifacts by their records alone, inputs before what consumes them; inputs without a record are left out."""
+    nodes: dict[str, Node] = {}
+    for record in records:
+        name = key(record["identity"], record.get("at"))
+        inputs = [(entry["role"], key(entry["identity"], entry.get("at"))) for entry in record["inputs"]]
+        place = Path(f"{record['kind']}/{record['label']}-{record['identity']}")
+        nodes[name] = Node(name, record["payload"], record["label"], place, record.get("at"), "", record)
+        nodes[name].inputs = [(role, upstream) for role, upstream in inputs if upstream in nodes]
+    return list(nodes.values())
+
+
+def asked(names: list[str], session: "Session") -> list[Node]:
     """The lineage of names, inputs before what consumes them: as today's recipes have it, finished or not; where there
     is no such recipe, and for directories, as the records there tell it.
 
