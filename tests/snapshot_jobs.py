@@ -64,5 +64,6 @@ def requested(trained: Trained, scratch: Path, tokenizer: Path) -> dict:
         inputs["init"] = scratch / spec.init.stage
     launch = spec.model_dump(include={"save_interval", "resources", "keep", "guard"})
     launch["overrides"] = {k: v for k, v in trained.overrides.items() if trained.engine.outside(k)}
-    job = SimpleNamespace(stage=trained.stage, at=trained.until, launch=launch, input=inputs.get)
+    log = Path("attempts/1.log")
+    job = SimpleNamespace(stage=trained.stage, at=trained.until, launch=launch, input=inputs.get, log=log)
     return Trajectory(job).request()
