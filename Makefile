@@ -35,7 +35,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not slurm" -n $(JOBS)
 
 test-slow: install-dev
-	$(BIN)/python -m pytest -m "slow and not slurm" -s
+	$(BIN)/python -m pytest -m "slow and not slurm" -n $(JOBS) --dist loadfile
 
 test-slurm: install-dev
 	command -v slurmctld >/dev/null && ls /usr/lib/*/libfuse.so.2 >/dev/null || \
