@@ -11,9 +11,10 @@ from nemoflow.cluster import Cluster
 from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.lineage import diff as lineage_diff
 from nemoflow.lineage import graph as lineage_graph
+from nemoflow.lineage import shown as lineage_shown
 from nemoflow.lineage import trace as lineage_trace
 from nemoflow.session import Session
-from nemoflow.stages import VIEWS, Recipe
+from nemoflow.stages import Recipe
 from nemoflow.store import Stage, Store
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -108,23 +109,16 @@ def _place(recipe: Recipe, stage: Stage) -> str:
     return "" if recipe.unlocked else f", {stage.directory}"
 
 
-def asked(args: argparse.Namespace) -> Session:
-    """The session of the names on the command line. Raises NemoflowError for what is no name."""
-    session = Session(args.store, RECIPES)
-    for name in args.name:
-        if not session.resolve([name]):
-            raise NemoflowError(f"{name}: write KIND/RECIPE[@STAGE][:N], KIND one of {', '.join(VIEWS)}")
-    return session
-
-
 def show(args: argparse.Namespace) -> None:
     if jobs := [int(name) for name in args.name if name.isdigit()]:
         args.name = [name for name in args.name if not name.isdigit()]
         print(squeue.table([squeue.of_id(job, args.store) for job in jobs]))
     elif not args.name:
         print(squeue.table(squeue.waiting_and_running(args.store)))
-    if args.name:
-        print(asked(args).summary())
+    if args.reproduce:
+        print("\n\n".join(lineage_shown.reproduce(name, Session(args.store, RECIPES)) for name in args.name))
+    elif args.name:
+        lineage_shown.run(args.name, Session(args.store, RECIPES), args.json)
 
 
 def graph(args: argparse.Namespace) -> None:
@@ -172,14 +166,18 @@ def main(argv: list[str] | None = None) -> None:
     for function, text in (
         (
             show,
-            "what stands behind names such as sft/nano3-tiny: measures, seconds, paths; of ids of Slurm jobs what they "
-            "are for; without any, this directory's Slurm jobs that wait or run",
+            "what stands behind names such as sft/nano3-tiny: what it is, from what, measures, attempts, cost; of ids "
+            "of Slurm jobs what they are for; without any, this directory's Slurm jobs that wait or run",
         ),
         (graph, "the lineage of names as one page to look at, without a network, or as a mermaid flowchart"),
     ):
         command = commands.add_parser(function.__name__, help=text, description=text)
         command.add_argument("name", nargs="*" if function is show else "+")
         command.set_defaults(run=function)
+        if function is show:
+            command.add_argument("--json", action="store_true", help="as data, with the whole records")
+            text = "the commands that make it once more: checkout, environment, target"
+            command.add_argument("--reproduce", action="store_true", help=text)
         if function is graph:
             command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (lineage.html)")
             command.add_argument("--mermaid", action="store_true", help="the flowchart; on the screen without -o")

@@ -63,7 +63,7 @@ class Walk:
             if x is None or y is None:
                 left, right = (self.look(key).title if key else None for key in (x, y))
                 self.differences.append(Difference(title, role, left, right))
-        left, right = _settings(a), _settings(b)
+        left, right = settings(a), settings(b)
         if a.key[1] != b.key[1] and a.measures:
             left, right = left | {"at": a.key[1]}, right | {"at": b.key[1]}
         self._values(title, left, right, "")
@@ -89,7 +89,7 @@ def _pairs(a: Side, b: Side) -> list[tuple[str, Key | None, Key | None]]:
     return found
 
 
-def _settings(side: Side) -> dict:
+def settings(side: Side) -> dict:
     """The payload by dotted key, with defaults, and inputs by their role: that they differ is said where they do."""
     roles = {key[0]: role for role, key in side.inputs}
     kind = side.payload["kind"]

@@ -101,7 +101,7 @@ def main(request: dict):
         write(iteration=n, loss=loss, tokens=n * 100)
         if why or n in request["wanted"] or n % request["save_interval"] == 0:
             begun = time.time()
-            weights = json.dumps({"init": request["init"], "settings": settings, "loss": loss})
+            weights = json.dumps({"settings": settings, "loss": loss})
             (checkpoints / f".{n}").mkdir(exist_ok=True)
             (checkpoints / f".{n}/weights").write_text(weights.ljust(settings.get("bytes", 0)))
             time.sleep(settings.get("save_seconds", 0))

@@ -63,7 +63,8 @@ class Artifact:
     @property
     def own(self) -> Path | None:
         """Where run.json and launch.json are: for a state the trajectory's directory."""
-        return self.directory.parent if self.directory and self.at is not None else self.directory
+        # A name is a link to the state
+        return self.directory.resolve().parent if self.directory and self.at is not None else self.directory
 
     def inputs(self) -> Iterator[tuple[str, Key]]:
         """(role, artifact) of what it was made from."""
