@@ -325,8 +325,14 @@ def _read(path: Path) -> dict:
 
 
 def _attempts(own: Path) -> list[dict]:
-    found = _read(own / "run.json").get("attempts", [])
-    return [{k: v for k, v in attempt.items() if k not in ("versions", "pid")} for attempt in found]
+    found = [
+        {k: v for k, v in a.items() if k not in ("versions", "pid")}
+        for a in _read(own / "run.json").get("attempts", [])
+    ]
+    for attempt in found:
+        if attempt.get("gpus") and "seconds" in attempt:
+            attempt["gpu_hours"] = round(attempt["gpus"] * attempt["seconds"] / 3600, 2)
+    return found
 
 
 def _curves(own: Path) -> dict[str, list]:
