@@ -2,7 +2,7 @@
 #
 # Paths:
 #   {kind}/{recipe}[@{stage}][:{n}]                          a name: link to today's artifact
-#       kind: tokenizer, data, import, average, pretrain, sft, rl, hf_export, eval; seal: a state's digests
+#       kind: tokenizer, data, import, average, pretrain, sft, rl, hf_export, eval; seal: a state's digests; report
 #   <store>/{kind}/{label}-{id}/artifact.json                an artifact; complete when this file exists
 #   <store>/{kind}/{label}-{id}/at-{n}/artifact.json         state n of a training (kind: pretrain, sft, rl)
 #   <store>/{kind}/{label}-{id}/at-{n}/digests.json          digests of all files of that state
@@ -40,4 +40,5 @@ include: "rules/rl.smk"
 include: "rules/models.smk"
 include: "rules/export.smk"
 include: "rules/eval.smk"
+include: "rules/report.smk"
 include: "rules/names.smk"

@@ -8,11 +8,11 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import costs, slurm, stage_lock, summary
+from nemoflow import costs, report, slurm, stage_lock, summary
 from nemoflow import launch as launching
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
@@ -465,14 +465,17 @@ def shown(path: Path) -> dict[str, str] | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a name: a link, or a directory of links. Raises NemoflowError where anything else stands."""
+    """Remove a name: a link, or a directory of links and of a report's files.
+
+    Raises NemoflowError where anything else stands.
+    """
     if path.is_symlink():
         path.unlink()
         return
     if not path.exists():
         return
     strange = (
-        [p for p in path.iterdir() if not p.is_symlink() and p.name != ".snakemake_timestamp"]
+        [p for p in path.iterdir() if not p.is_symlink() and p.name not in (".snakemake_timestamp", *report.FILES)]
         if path.is_dir()
         else [path]
     )
@@ -483,8 +486,11 @@ def remove(path: Path) -> None:
     path.rmdir()
 
 
-def show(path: Path, links: dict[str, str]) -> None:
-    """Make a name show `links`, in one step: a reader sees the old or the new one."""
+def show(path: Path, links: dict[str, str], fill: Callable[[Path], None] = lambda _: None) -> None:
+    """Make a name show `links`, in one step: a reader sees the old or the new one.
+
+    `fill` writes files of nemoflow.report into the directory of links first.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
@@ -495,6 +501,7 @@ def show(path: Path, links: dict[str, str]) -> None:
             temporary.mkdir()
             for name, target in links.items():
                 (temporary / name).symlink_to(target)
+            fill(temporary)
         if not (path.is_symlink() and temporary.is_symlink()):
             remove(path)
         temporary.replace(path)

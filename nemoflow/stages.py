@@ -30,7 +30,7 @@ PREFIX_TOKENS = 250_000_000_000
 """Tokens behind one prefix: Megatron numbers the documents of a prefix in 32 bits, and each prefix costs at every
 sample."""
 
-VIEWS = ("tokenizer", "data", "import", "average", "pretrain", "sft", "rl", "hf_export", "eval", "seal")
+VIEWS = ("tokenizer", "data", "import", "average", "pretrain", "sft", "rl", "hf_export", "eval", "seal", "report")
 """Kinds of name: KIND/RECIPE[@STAGE][:N]."""
 
 EDITABLE = ("optimizer", "train")
@@ -736,11 +736,18 @@ class Recipe:
             found[key] = Target(self.store.load(identity))
         return found
 
+    def _of_export(self, kind: str, export: str, name: str) -> dict[str, Target]:
+        """What a name shows that consists of an export's evaluations; a report has the export besides."""
+        if kind == "eval":
+            return self._evaluated(export, name)
+        scores = self._evaluated(export, name) if self.evals else {}
+        return {"hf_export": Target(self.store.load(export))} | {f"eval-{key}": t for key, t in scores.items()}
+
     # -- names -----------------------------------------------------------------------------------------------------
 
     def view(self, kind: str, stage: str | None = None, at: int | None = None) -> dict[str, Target]:
         """What the name KIND/RECIPE[@STAGE][:N] shows: {"": target}; for data/RECIPE a target per stage, for eval/...
-        one per task.
+        one per task, for report/... the export and its evaluations.
 
         Raises NemoflowError for a stage or state the recipe does not have.
         """
@@ -769,8 +776,8 @@ class Recipe:
         if isinstance(model, Model):
             if at:
                 raise NemoflowError(f"{name}: stage {model.spec.name} is {model.spec.kind}, which has no states")
-            if kind == "eval":
-                return self._evaluated(self._export(model, None), name)
+            if kind in ("eval", "report"):
+                return self._of_export(kind, self._export(model, None), name)
             return {"": Target(self.store.load(self._export(model, None)) if kind == "hf_export" else model.stage)}
         at = at or model[-1].until
         trained = _holder(model, at, name)
@@ -783,14 +790,14 @@ class Recipe:
                 )
         if kind == "hf_export":
             return {"": Target(self.store.load(self._export(trained, at)))}
-        if kind == "eval":
-            return self._evaluated(self._export(trained, at), name)
+        if kind in ("eval", "report"):
+            return self._of_export(kind, self._export(trained, at), name)
         return {"": Target(trained.stage, at, "digests.json" if kind == "seal" else "artifact.json")}
 
     def _meant(self, kind: str, stage: str | None, name: str) -> Model | list[Trained]:
         """The stage that a name means: the one it says, or the last of its kind."""
         whole = ("import", "average", *kinds.TRAINED)
-        views = {"hf_export": whole, "eval": whole, "seal": kinds.TRAINED}.get(kind, (kind,))
+        views = {"hf_export": whole, "eval": whole, "report": whole, "seal": kinds.TRAINED}.get(kind, (kind,))
         if stage:
             model = self.models.get(stage) or self.chains[stage]
             own = model.spec.kind if isinstance(model, Model) else model[-1].spec.kind
@@ -813,7 +820,7 @@ class Recipe:
             found += [f"{kind}/{self.name}"] if stages else []
             found += [f"{kind}/{self.name}@{stage}" for stage in stages] if len(stages) > 1 else []
             found += [f"{kind}/{self.name}@{s}:{m}" for s in stages for m in self.stages[s].spec.milestones]
-        for kind in ("hf_export", *(["eval"] if self.evals else [])):
+        for kind in ("hf_export", *(["eval"] if self.evals else []), "report"):
             found += [f"{kind}/{self.name}@{stage}" for stage in (*self.models, *self.stages)]
             found += [f"{kind}/{self.name}"]
         return found

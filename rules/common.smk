@@ -16,6 +16,7 @@ sys.path.insert(0, str(BASE))
 
 from nemoflow import cluster, costs
 from nemoflow.errors import NemoflowError
+from nemoflow.report import PICTURES
 from nemoflow.session import Session
 from nemoflow.stages import VIEWS
 

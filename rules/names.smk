@@ -9,6 +9,8 @@ rule name:
         directory("{view}/{name}"),
     log:
         "<logs>/names/{view}/{name}.log",
+    wildcard_constraints:
+        view="|".join(set(VIEWS) - {"report"}),
     localrule: True
     params:
         links=links,

@@ -53,7 +53,9 @@ def pretraining(path: Path, sources: int, shards: int) -> tuple[Archive, Path]:
             for first in range(shards)
         ]
         merges.append(archive.seal("merge", measures={"tokens": 1000 * shards}, parts=parts, source=source))
-    blend = archive.seal("blend", parts=[{"merge": merge, "share": f"1/{sources}"} for merge in merges])
+    shares = [{"source": f"web-{number:03d}", "share": f"1/{sources}"} for number in range(sources)]
+    parts = [{"merge": merge, "share": f"1/{sources}"} for merge in merges]
+    blend = archive.seal("blend", measures={"parts": shares}, parts=parts)
     index = archive.seal("index", data=blend, tokenizer=tokenizer, samples=1000)
     trained = archive.seal(
         "pretrain",

@@ -22,15 +22,19 @@ def chromium() -> str:
 
 
 @contextlib.contextmanager
-def opened(file: Path, width: int = 1400, height: int = 900) -> Iterator[Page]:
-    """The file in a browser without a network. Fails when it wrote an error to the console, or asked for anything."""
+def opened(file: Path, warnings: bool = True) -> Iterator[Page]:
+    """The file in a browser without a network.
+
+    Fails when it wrote an error to the console, or with `warnings` one of those, or asked for anything.
+    """
     wrong: list[str] = []
+    counted = ("error", "warning") if warnings else ("error",)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         try:
-            context = browser.new_context(offline=True, viewport={"width": width, "height": height})
+            context = browser.new_context(offline=True, viewport={"width": 1400, "height": 900})
             page = context.new_page()
-            page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+            page.on("console", lambda said: wrong.append(said.text) if said.type in counted else None)
             page.on("pageerror", lambda error: wrong.append(str(error)))
             page.on("request", lambda asked: wrong.append(asked.url) if not local(asked.url, file) else None)
             page.goto(file.absolute().as_uri())

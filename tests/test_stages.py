@@ -540,7 +540,7 @@ def test_every_name_a_recipe_offers_can_be_asked_for():
     recipe = resolve()
     names = recipe.names()
     assert names[0] == "tokenizer/demo"
-    assert names[-1] == "hf_export/demo"
+    assert names[-1] == "report/demo"
     assert "pretrain/demo@phase1:10" in names
     for name in names:
         kind, _, rest = name.partition("/")

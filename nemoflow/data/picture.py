@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "nemoflow",  # names of elements would be random
     "svg.fonttype": "path",  # looks the same where the font is missing
     "font.size": 9,
@@ -19,11 +19,11 @@ _STYLE = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
 }
-_COLOURS = ("#76b900", "#5b7fa6", "#c65d3b", "#e0a72e", "#7d5ba6", "#4aa69b", "#999999")
+COLOURS = ("#76b900", "#5b7fa6", "#c65d3b", "#e0a72e", "#7d5ba6", "#4aa69b", "#999999")
 
 
-def _short(number: float, _: object = None) -> str:
-    """1,500,000 as 1.5M."""
+def short(number: float, _: object = None) -> str:
+    """1,500,000 as 1.5M; for an axis, too, which gives a place besides."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
@@ -38,7 +38,7 @@ def blend(names: Sequence[str], shares: Sequence[float], parts: Sequence[dict], 
     """
     order = sorted(range(len(names)), key=lambda i: (-shares[i], names[i]))
     names, shares, parts = ([column[i] for i in order] for column in (names, shares, parts))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         height = max(2.2, 0.24 * len(names) + 0.9)
         figure = plt.figure(figsize=(10, height + 2.8), layout="constrained")
         rows = figure.add_gridspec(2, 1, height_ratios=[height, 2.8])
@@ -55,16 +55,16 @@ def blend(names: Sequence[str], shares: Sequence[float], parts: Sequence[dict], 
 
 def _bars(axes: plt.Axes, names: Sequence[str], values: Sequence[float], title: str, log: bool | None = None) -> None:
     at = np.arange(len(values))
-    axes.barh(at, values, color=_COLOURS[0], height=0.7)
+    axes.barh(at, values, color=COLOURS[0], height=0.7)
     if log is None and max(values) > 100 * min(values):
         axes.set_xscale("log")
         axes.set_xlim(left=min(values) / 3)
     axes.set_yticks(at, names)
     axes.invert_yaxis()
     axes.set_title(title)
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
     for y, value in zip(at, values, strict=True):
-        axes.annotate(_short(value), (value, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(short(value), (value, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.margins(x=0.12)
 
 
@@ -74,10 +74,10 @@ def _lengths(axes: plt.Axes, parts: Sequence[dict]) -> None:
     used = np.flatnonzero(total)
     first, last = int(used[0]), int(used[-1])
     at = np.arange(first, last + 1)
-    axes.bar(at, total[first : last + 1], width=0.9, color=_COLOURS[1])
+    axes.bar(at, total[first : last + 1], width=0.9, color=COLOURS[1])
     axes.set_xticks(at, [f"{2**k}" if k < 10 else f"{2 ** (k - 10)}k" for k in map(int, at)])
     axes.set_title("documents by length in tokens, from this to twice this")
-    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -87,7 +87,7 @@ def _dropped(axes: plt.Axes, names: Sequence[str], parts: Sequence[dict]) -> Non
     with_drops = [(name, m) for name, m in zip(names, parts, strict=True) if m["dropped"]]
     if not with_drops:
         axes.axis("off")
-        axes.text(0, 0.8, f"none of {_short(sum(m['rows'] for m in parts))} rows", transform=axes.transAxes)
+        axes.text(0, 0.8, f"none of {short(sum(m['rows'] for m in parts))} rows", transform=axes.transAxes)
         return
     with_drops.sort(key=lambda item: -sum(item[1]["dropped"].values()) / item[1]["rows"])
     with_drops = with_drops[:8]
@@ -95,7 +95,7 @@ def _dropped(axes: plt.Axes, names: Sequence[str], parts: Sequence[dict]) -> Non
     left = np.zeros(len(with_drops))
     for number, reason in enumerate(reasons):
         values = np.array([100 * m["dropped"].get(reason, 0) / m["rows"] for _, m in with_drops])
-        colour = _COLOURS[(number + 2) % len(_COLOURS)]
+        colour = COLOURS[(number + 2) % len(COLOURS)]
         axes.barh(range(len(values)), values, height=0.6, left=left, label=reason, color=colour)
         left += values
     axes.set_yticks(range(len(with_drops)), [name for name, _ in with_drops])

@@ -101,7 +101,7 @@ def kept(lineage: Lineage) -> list[Node]:
         inputs = [(role, key(*upstream)) for role, upstream in artifact.inputs()]
         directory = artifact.directory or Path(artifact.address)
         node = nodes[name] = Node(name, record["payload"], record["label"], directory, at, "", record, inputs)
-        if title := _read(node.own / "launch.json").get("title"):
+        if title := beside(node.own / "launch.json").get("title"):
             node.title = f"{title} to {at}" if at is not None else title
     return list(nodes.values())
 
@@ -153,7 +153,7 @@ def write(nodes: list[Node], title: str, out: Path | None, chart: bool) -> None:
 def page(nodes: list[Node], title: str) -> str:
     """The page of these artifacts, inputs before what consumes them."""
     boxes, titles = _boxes(nodes)
-    runs, curves = cache(_attempts), cache(_curves)
+    runs, curves = cache(attempts), cache(_curves)
     index = {node.key: i for i, node in enumerate(nodes)}
     data = {
         "title": title,
@@ -316,7 +316,7 @@ def _brief(value: object, limit: int = 8) -> object:
     return value
 
 
-def _read(path: Path) -> dict:
+def beside(path: Path) -> dict:
     """A record of how it went, for a picture: what is missing or damaged is left out."""
     try:
         return read_json(path) if path.exists() else {}
@@ -324,15 +324,21 @@ def _read(path: Path) -> dict:
         return {}
 
 
-def _attempts(own: Path) -> list[dict]:
-    found = [
-        {k: v for k, v in a.items() if k not in ("versions", "pid")}
-        for a in _read(own / "run.json").get("attempts", [])
-    ]
-    for attempt in found:
-        if attempt.get("gpus") and "seconds" in attempt:
-            attempt["gpu_hours"] = round(attempt["gpus"] * attempt["seconds"] / 3600, 2)
+def attempts(own: Path) -> list[dict]:
+    """The attempts at an artifact or a training, with the GPU-hours of those on a cluster: elsewhere it is not known
+    whether their processes had GPUs."""
+    kept = beside(own / "run.json").get("attempts", [])
+    found = [{k: v for k, v in attempt.items() if k not in ("versions", "pid")} for attempt in kept]
+    if on_cluster(beside(own / "launch.json")):
+        for attempt in found:
+            if attempt.get("gpus") and "seconds" in attempt:
+                attempt["gpu_hours"] = round(attempt["gpus"] * attempt["seconds"] / 3600, 2)
     return found
+
+
+def on_cluster(launch: dict) -> bool:
+    """Whether a launch.json is of a job on a cluster."""
+    return launch.get("cluster", {}).get("launcher", "here") != "here"
 
 
 def _curves(own: Path) -> dict[str, list]:
