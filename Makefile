@@ -32,7 +32,7 @@ $(VENV)/installed-dev: $(VENV)/installed envs/requirements-dev.txt
 	touch $@
 
 test: lint
-	command -v chromium chromium-browser google-chrome >/dev/null || \
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		(apt-get update -q && apt-get install -yq --no-install-recommends chromium) || echo "no Chromium: its tests are skipped"
 	$(BIN)/python -m pytest -m "not slow and not slurm" -n $(JOBS)
 

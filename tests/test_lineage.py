@@ -94,6 +94,9 @@ def test_ten_thousand_artifacts_take_five_seconds(nemoflow, tmp_path):
     assert time.process_time() - begun < 5
     assert code == 0
     assert out.count(" shards") + out.count("parts: shards") >= 10_000
+    begun = time.process_time()
+    assert nemoflow("graph", export)[:2] == (0, "wrote lineage.html: 10,025 artifacts\n")
+    assert time.process_time() - begun < 5
 
 
 def test_what_is_missing_is_named(nemoflow, tmp_path):

@@ -42,12 +42,11 @@ def trained_with_records(work: Path) -> Path:
     """An export whose training has records of how it went."""
     _, export = pretraining(work, sources=2, shards=8)
     (run,) = (work / TRAINED).iterdir()
-    common = {"started": "2026-11-01T10:00:00+00:00", "from": 0, "nodes": ["node1"], "gpus": 8}
+    common = {"started": "2026-11-01T10:00:00+00:00", "from": 0, "nodes": ["node1"], "gpus": 8, "device": "H100"}
     killed = {"number": 1, "seconds": 3600.0, "outcome": "killed", "slurm_job": 17, "reached": 40}
     done = {"number": 2, "seconds": 5400.0, "outcome": "done", "reached": 100, "command": ["torchrun", "train.py"]}
     attempts = [common | killed, common | done]
     (run / "run.json").write_text(json.dumps({"schema": 1, "attempts": attempts}))
-    (run / "launch.json").write_text(json.dumps({"cluster": {"launcher": "slurm"}}))
     lines = [{"iteration": n, "loss": 8 / n**0.3} for n in range(1, 101)]
     lines += [{"iteration": 50, "valid_loss": 3.0}, {"iteration": 100, "valid_loss": 2.4}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -97,7 +97,7 @@ def test_tokens_hours_and_curves_of_a_cluster(work):
     (run,) = (work / "artifacts/pretrain").iterdir()
     resources = {"nodes": 2, "gpus_per_node": 4, "time": "4h", "slots": 3}
     (run / "launch.json").write_text(json.dumps({"cluster": {"launcher": "slurm"}, "resources": resources}))
-    attempts = [{"number": n, "seconds": 1800.0, "gpus": 8, "outcome": "killed"} for n in (1, 2)]
+    attempts = [{"number": n, "seconds": 1800.0, "gpus": 8, "device": "H100", "outcome": "killed"} for n in (1, 2)]
     (run / "run.json").write_text(json.dumps({"attempts": attempts}))
     lines = [{"iteration": n, "loss": 3.0, "seconds": 2.0, "tokens": 1000 * n} for n in range(1, 121)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

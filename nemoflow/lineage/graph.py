@@ -325,20 +325,13 @@ def beside(path: Path) -> dict:
 
 
 def attempts(own: Path) -> list[dict]:
-    """The attempts at an artifact or a training, with the GPU-hours of those on a cluster: elsewhere it is not known
-    whether their processes had GPUs."""
-    kept = beside(own / "run.json").get("attempts", [])
-    found = [{k: v for k, v in attempt.items() if k not in ("versions", "pid")} for attempt in kept]
-    if on_cluster(beside(own / "launch.json")):
-        for attempt in found:
-            if attempt.get("gpus") and "seconds" in attempt:
-                attempt["gpu_hours"] = round(attempt["gpus"] * attempt["seconds"] / 3600, 2)
+    """The attempts at an artifact or a training, with the GPU-hours of those on GPUs."""
+    found = []
+    for attempt in beside(own / "run.json").get("attempts", []):
+        hours = summary.gpu_hours([attempt])
+        told = {k: v for k, v in attempt.items() if k not in ("versions", "pid")}
+        found.append(told | ({} if hours is None else {"gpu_hours": round(hours, 2)}))
     return found
-
-
-def on_cluster(launch: dict) -> bool:
-    """Whether a launch.json is of a job on a cluster."""
-    return launch.get("cluster", {}).get("launcher", "here") != "here"
 
 
 def _curves(own: Path) -> dict[str, list]:

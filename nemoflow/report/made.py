@@ -71,8 +71,8 @@ def found(nodes: list[graph.Node]) -> Iterator[Training]:
             raise NemoflowError(f"{path}: is damaged: {error}; restore it") from None
         init = node.payload.get("init", {})
         start = init["at"] if init.get("carry") == "all" else 0
-        runs = graph.attempts(node.own)
-        spent = [run["gpu_hours"] for run in runs if "gpu_hours" in run]
+        runs = graph.beside(node.own / "run.json").get("attempts", [])
+        on_cpus = any(run.get("device") == "CPU" for run in runs)
         yield Training(
             node.title or f"{node.kind} {node.label} to {node.at}",
             node.kind,
@@ -81,15 +81,15 @@ def found(nodes: list[graph.Node]) -> Iterator[Training]:
             _sources(node, by_key),
             len(runs),
             sum(run.get("seconds", 0) for run in runs) / 3600,
-            _planned(graph.beside(node.own / "launch.json")),
-            sum(spent) if spent else None,
+            None if on_cpus else _planned(graph.beside(node.own / "launch.json")),
+            summary.gpu_hours(runs, node.at),
         )
 
 
 def _planned(launch: dict) -> float | None:
     """GPU-hours that a training may take at most, as its plan says (costs.cost)."""
     asked = launch.get("resources")
-    if not asked or not graph.on_cluster(launch):
+    if not asked or launch.get("cluster", {}).get("launcher", "here") == "here":
         return None
     return asked["nodes"] * asked["gpus_per_node"] * asked["slots"] * seconds(asked["time"]) / 3600
 
