@@ -104,7 +104,8 @@ def test_memory_stays_on_a_laptop(demo):
 
 
 def test_the_screen_is_not_buried(demo):
-    assert len(demo.output.splitlines()) < 150
+    lines_of_progress = demo.seconds / 15  # on a slow machine there are more of them
+    assert len(demo.output.splitlines()) < 120 + lines_of_progress
     assert "Warning" not in demo.output
 
 
@@ -148,9 +149,10 @@ def test_the_export_is_evaluated_on_its_sums(demo):
 
 
 def test_nothing_to_do_is_quick_and_says_so(demo):
-    begun = time.monotonic()
+    before = os.times()
     assert "Nothing to be done" in run(demo.path, "snakemake", "hf_export/nano3-tiny")
-    assert time.monotonic() - begun <= 5
+    after = os.times()  # of processors, as the machine may be busy with other things
+    assert after.children_user + after.children_system - before.children_user - before.children_system <= 5
 
 
 def test_a_changed_sft_plans_sft_and_what_follows(demo):

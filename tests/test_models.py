@@ -100,7 +100,8 @@ def test_a_dense_model_is_there_and_back(tokenizer, tmp_path):
     out = tmp_path / "imported"
     out.mkdir()
     made = imports.make({}, {"model": tmp_path / "qwen", "tokenizer": tokenizer}, out, print)
-    record = {"kind": "import", "label": "qwen", "identity": "a" * 12, "payload": {"kind": "import"}, "inputs": []}
+    payload = {"kind": "import", "model": "b" * 12}
+    record = {"kind": "import", "label": "qwen", "identity": "a" * 12, "payload": payload, "inputs": []}
     back = exported(out, tokenizer, tmp_path / "back", [record | {"measures": made.measures}])
     before, after = tensors(tmp_path / "qwen"), tensors(back)
     assert before.keys() == after.keys()
