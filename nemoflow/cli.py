@@ -8,6 +8,7 @@ from pathlib import Path
 from nemoflow import gc, locks, squeue, stage_lock, verify
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
+from nemoflow.environments import Environment
 from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.lineage import diff as lineage_diff
 from nemoflow.lineage import graph as lineage_graph
@@ -23,6 +24,7 @@ SCHEMAS = {
     CHECKOUT / "config/recipe.schema.json": grammar.Recipe,
     CHECKOUT / "config/blend.schema.json": grammar.Blend,
     CHECKOUT / "config/cluster.schema.json": Cluster,
+    CHECKOUT / "config/environment.schema.json": Environment,
 }
 
 
@@ -43,7 +45,7 @@ def schema(model: type[grammar.Model] = grammar.Recipe) -> str:
     """The JSON Schema of a recipe, or of a blend file, from its types, for editors."""
     generated = model.model_json_schema(by_alias=True)
     # A recipe that extends another is checked whole, after merging: an editor sees only its part.
-    for definition in [generated, *generated["$defs"].values()]:
+    for definition in [generated, *generated.get("$defs", {}).values()]:
         definition.pop("required", None)
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **generated}, indent=2) + "\n"
 

@@ -140,13 +140,15 @@ KINDS: dict[str, Kind] = {
         },
         algorithm=2,
     ),
-    "prompts": Kind(_rows, {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0"}),
+    "prompts": Kind(
+        _rows, {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0", "agents": {}}
+    ),
     "preferences": Kind(_rows, {"valid": "1/20", "fields": {}, "max_broken": "1/1000"}),
     "import": Kind(_import, {"version": 1}),
     "average": Kind(_average, {"version": 1}),
     "pretrain": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0}),
     "sft": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "skip": 0}),
-    "rl": Kind(_rl, {"version": 1, "overrides": {}}),
+    "rl": Kind(_rl, {"version": 1, "overrides": {}, "environments": {}}),
     "hf_export": Kind(_export, {"dtype": "bfloat16"}),
     "eval": Kind(_eval, {"fewshot": None, "limit": None, "chat": False}),
 }
@@ -204,6 +206,7 @@ def inputs(payload: dict) -> list[Ref]:
             init = payload.get("init", {})
             start = [Ref("init", init["from"], init.get("at"))] if "from" in init else []
             start += [Ref("model", init["export"])] if "export" in init else []
+            start += [Ref("teacher", payload["teacher"])] if "teacher" in payload else []
             return [*start, Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
         case "import":
             return [Ref("model", payload["model"]), Ref("tokenizer", payload["tokenizer"])]

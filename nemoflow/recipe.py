@@ -277,6 +277,9 @@ class Placeholder(Model):
 class RlData(Model):
     prompts: _named(Annotated[list[Name], Field(min_length=1)])
     """Sources of rows in NeMo-Gym's layout; or the name of a file in config/blends."""
+    environments: list[Name] = []
+    """What judges the answers: files in config/environments. Rows name them, by `agent_ref.name`; a row of another one
+    is an error. By default rows are checked for what NeMo-Gym's own servers read, and the engine judges as it can."""
     valid: Share = "1/20"
     placeholders: dict[str, Placeholder] = {}
     """`dataset` of a placeholder row -> where its question stands."""
@@ -306,6 +309,13 @@ DataSet = Annotated[
     | Annotated[PreferenceData, Tag("<preferences data>")],
     Discriminator(_kind_of_data),
 ]
+
+
+class Teacher(Model):
+    stage: Annotated[Name, Field(alias="from")]
+    """The stage whose model is imitated."""
+    at: Annotated[int, Field(gt=0)] | None = None
+    """Which state, as an iteration; by default where that stage ends (its `until`)."""
 
 
 class Init(Model):
@@ -447,9 +457,16 @@ class Sft(_Function):
 class Rl(Training):
     kind: Literal["rl"]
     engine: Name = "trl"
-    algorithm: Literal["grpo"]
-    data: RlData
+    algorithm: Literal["grpo", "dapo", "dpo", "rm", "distillation"]
+    """grpo, dapo and distillation learn from `data: {prompts, environments}`, dpo and rm (a reward model, Bradley-Terry)
+    from `data: {preferences}`."""
+    data: Annotated[
+        Annotated[RlData, Tag("<prompts data>")] | Annotated[PreferenceData, Tag("<preferences data>")],
+        _by_key("preferences", "<preferences data>", "<prompts data>"),
+    ]
     init: Init
+    teacher: Teacher | None = None
+    """Of distillation: whose model is imitated."""
 
 
 Stage = Annotated[

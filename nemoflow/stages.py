@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nemoflow import evaluation, kinds
+from nemoflow import environments, evaluation, kinds
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.data import plan
@@ -132,7 +132,7 @@ class Recipe:
 
         Raises NemoflowError naming file, key, value and fix.
         """
-        self.name, self.store = name, store
+        self.name, self.store, self._directories = name, store, directories
         self.file, self.spec = grammar.load(name, directories)
         for stage in self.spec.stages if cluster else []:
             if isinstance(stage, grammar.Training):
@@ -322,10 +322,14 @@ class Recipe:
                     for key, p in data.placeholders.items()
                 }
                 settings = data.model_dump(include={"valid", "allow_unresolved", "max_broken"})
-                return self._add("prompts", parts=parts, placeholders=placeholders, **settings)
+                agents = {each.agent: each.fields for each in self._environments(data, where).values()}
+                return self._add("prompts", parts=parts, placeholders=placeholders, agents=agents, **settings)
             case grammar.PreferenceData():
                 parts = [{"source": self._source(name, f"{where}.preferences").identity} for name in data.preferences]
                 return self._add("preferences", parts=parts, **data.model_dump(exclude={"preferences"}))
+
+    def _environments(self, data: grammar.RlData, where: str) -> dict[str, environments.Environment]:
+        return environments.load(data.environments, self._directories, f"{self.file}: {where}.environments")
 
     def _template(self, name: str | None, where: str) -> str | None:
         if name is None:
@@ -442,7 +446,7 @@ class Recipe:
                 found = self.models[spec.name] = self._average(spec, driver, other("of.stage", spec.of.stage), where)
             case _:
                 parent = other("init.from", spec.init.stage) if spec.init else None
-                found = self.chains[spec.name] = self._train(spec, parent, driver, where)
+                found = self.chains[spec.name] = self._train(spec, parent, driver, other, where)
         return found
 
     def _import(self, spec: grammar.Import, driver: ModuleType) -> Model:
@@ -476,7 +480,10 @@ class Recipe:
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def _train(self, spec, parent: Model | list[Trained] | None, driver: ModuleType, where: str) -> list[Trained]:
+    def _train(
+        self, spec, parent: Model | list[Trained] | None, driver: ModuleType, other: Callable, where: str
+    ) -> list[Trained]:
+        """The trajectories of a stage that starts from `parent`; other(key, name) resolves another stage it names."""
         overrides = {**self.spec.overrides.get(spec.engine, {}), **spec.overrides}
         refuse(overrides, driver.REFUSED, f"{where}.overrides")
         driver.check(overrides, f"{where}.overrides")
@@ -496,6 +503,7 @@ class Recipe:
             raise NemoflowError(
                 f"{where}.data.pad_multiple: {spec.data.pad_multiple}: context parallelism needs a multiple of {wanted}"
             )
+        extra = self._rl(spec, driver, overrides, other, where) if isinstance(spec, grammar.Rl) else {}
         data = self._data(spec.data, f"stages[{spec.name}].data")
         if isinstance(spec, grammar.Pretrain):
             if batch is None:
@@ -504,7 +512,7 @@ class Recipe:
                 )
             data = self._index(spec, driver, overrides, data, (horizon - start) * batch)
         stage = self._frozen(
-            spec, overrides, driver, scheduled, data=data, horizon=horizon, init=init, version=spec.version
+            spec, overrides, driver, scheduled, data=data, horizon=horizon, init=init, version=spec.version, **extra
         )
         trained = Trained(
             spec, driver, overrides, stage, start, until, horizon, data, consumed, batch, scheduled, consumed
@@ -531,6 +539,36 @@ class Recipe:
                 before = self.launch.get(each.data, {}).get("reads", 0)
                 self.launch[each.data] = {"max_epochs": spec.data.max_epochs, "reads": max(reads, before)}
         return chain
+
+    def _rl(self, spec: grammar.Rl, driver: ModuleType, overrides: dict, other: Callable, where: str) -> dict:
+        """What the payload of an rl stage has besides: its environments by agent, the export of its teacher."""
+        prompts = isinstance(spec.data, grammar.RlData)
+        if prompts == (spec.algorithm in ("dpo", "rm")):
+            wanted = "{prompts: [...], environments: [...]}" if not prompts else "{preferences: [...]}"
+            raise NemoflowError(f"{where}.data: {spec.algorithm} learns from other data; write data: {wanted}")
+        if (spec.teacher is not None) != (spec.algorithm == "distillation"):
+            raise NemoflowError(
+                f"{where}.teacher: is missing; write teacher: {{from: STAGE}}, whose model is imitated"
+                if spec.teacher is None
+                else f"{where}.teacher: {spec.algorithm} has none; leave it out, or write algorithm: distillation"
+            )
+        driver.check_algorithm(spec.algorithm, overrides, where)
+        found: dict = {}
+        if prompts:
+            chosen = self._environments(spec.data, f"stages[{spec.name}].data")
+            found["environments"] = driver.environments(chosen, f"{where}.data.environments")
+        if spec.teacher:
+            model = other("teacher.from", spec.teacher.stage)
+            at = spec.teacher.at
+            if isinstance(model, Model):
+                if at:
+                    raise NemoflowError(f"{where}.teacher.at: {spec.teacher.stage} is a model without states")
+            else:
+                at = at or model[-1].until
+                model = _holder(model, at, f"{where}.teacher.at")
+                model.wanted.add(at)
+            found["teacher"] = self._export(model, at)
+        return found
 
     def _edited(self, chain: list[Trained], edit, where: str) -> Trained:
         """The trajectory that goes on from state `edit.at` of the last one of `chain`, which ends there."""

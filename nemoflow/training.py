@@ -144,7 +144,9 @@ class Trajectory:
                     "pad_multiple": packed["pad_multiple"],
                 }
             case "rl":
-                request["prompts"] = str(data)
+                kind = self.job.stage.store.load(payload["data"]).payload["kind"]
+                request[kind] = str(data)  # prompts or preferences
+                request["environments"] = payload.get("environments", {})
         if state := self.job.input("init"):
             init = payload["init"]
             request["init"] = {
@@ -152,8 +154,9 @@ class Trajectory:
                 "at": init.get("at", 0),
                 "carry": init["carry"],
             }
-        if model := self.job.input("model"):
-            request["model"] = str(model.resolve())
+        for role in ("model", "teacher"):
+            if export := self.job.input(role):
+                request[role] = str(export.resolve())
         return request
 
     def seal(self) -> None:

@@ -26,6 +26,14 @@ def check(overrides, where):
     pass
 
 
+def check_algorithm(algorithm, overrides, where):
+    pass
+
+
+def environments(found, where):
+    return {each.agent: {"settings": each.settings} for each in found.values()}
+
+
 def outside(key):
     return key in {f"sleep.{name}" for name in STEERED}
 

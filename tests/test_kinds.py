@@ -19,13 +19,13 @@ DEFAULTS = {
     "blend": {},
     "index": {"overrides": {}, "arguments": {}, "hf_config": {}},
     "chats": {"valid": "1/20", "seed": 0, "too_long": "drop", "pad_multiple": 1, "max_broken": "1/1000"},
-    "prompts": {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0"},
+    "prompts": {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0", "agents": {}},
     "preferences": {"valid": "1/20", "fields": {}, "max_broken": "1/1000"},
     "import": {"version": 1},
     "average": {"version": 1},
     "pretrain": {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0},
     "sft": {"version": 1, "overrides": {}, "arguments": {}, "skip": 0},
-    "rl": {"version": 1, "overrides": {}},
+    "rl": {"version": 1, "overrides": {}, "environments": {}},
     "hf_export": {"dtype": "bfloat16"},
     "eval": {"fewshot": None, "limit": None, "chat": False},
 }
@@ -75,6 +75,7 @@ def test_inputs_are_in_order_with_their_states():
     assert kinds.inputs(trained) == [kinds.Ref("init", "p", 7), kinds.Ref("data", "d"), kinds.Ref("tokenizer", "t")]
     from_export = trained | {"kind": "rl", "init": {"export": "e", "carry": "weights"}}
     assert kinds.inputs(from_export)[0] == kinds.Ref("model", "e")
+    assert kinds.inputs(from_export | {"teacher": "f"})[:2] == [kinds.Ref("model", "e"), kinds.Ref("teacher", "f")]
     parts = [{"merge": "b", "share": "1/2"}, {"merge": "a", "share": "1/2"}]
     assert kinds.inputs({"kind": "blend", "parts": parts}) == [kinds.Ref("parts", "b"), kinds.Ref("parts", "a")]
     placeholders = {"z": {"source": "c"}, "b": {"source": "d"}}

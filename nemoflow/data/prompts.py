@@ -21,7 +21,7 @@ from nemoflow.data.lines import lines, smallest
 from nemoflow.data.placeholders import Placeholders, Unresolvable, number_of
 from nemoflow.data.rows import Broken
 from nemoflow.data.sources import open_source
-from nemoflow.data.verifiers import check_row
+from nemoflow.data.verifiers import check_fields, check_row
 from nemoflow.errors import NemoflowError
 
 FILES = {"train": "train.jsonl", "valid": "validation.jsonl"}
@@ -64,6 +64,7 @@ class _Reader:
     def __init__(self, payload: dict, inputs: dict, progress: Callable[[str], None]):
         self._sources = [open_source(directory) for directory in inputs["sources"]]
         self._allowed = set(payload["allow_unresolved"])
+        self._agents = payload["agents"]
         self._progress = progress
         self._shown = time.monotonic()
         keys = sorted(payload["placeholders"])
@@ -112,18 +113,31 @@ class _Reader:
                     self.resolved[key] += 1
                 try:
                     check_row(row)
+                    if self._agents:
+                        self._check_environment(row, place)
                 except ValueError as error:
                     self.broken.add(str(error), place)
                     continue
                 prompt = msgspec.json.encode(row["responses_create_params"]["input"], order="sorted")
                 yield line, row["agent_ref"]["name"], xxhash.xxh3_64_intdigest(prompt)
 
+    def _check_environment(self, row: dict, place: str) -> None:
+        """Raise ValueError for a row that lacks a field, NemoflowError for one of no environment of the stage."""
+        agent = row["agent_ref"]["name"]
+        if agent not in self._agents:
+            raise NemoflowError(
+                f"{place}: agent_ref.name: {agent!r} is of no environment of this stage, whose agents are "
+                f"{', '.join(sorted(self._agents))}; add the environment to data.environments, or leave such rows out"
+            )
+        check_fields(row, self._agents[agent], agent)
+
 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]) -> dict:
     """Write train.jsonl and validation.jsonl from the rows of inputs["sources"], in order.
 
     `payload` is {"valid": share of each environment's prompts as an exact fraction, "max_broken", "placeholders":
-    {`dataset` of a row: {"template": "dapo" or "skywork"}}, "allow_unresolved": [`dataset` values]};
+    {`dataset` of a row: {"template": "dapo" or "skywork"}}, "allow_unresolved": [`dataset` values], "agents": {agent:
+    {field: type}}, the stage's environments, {} when it names none};
     inputs["placeholder_sources"] are the placeholders' sources, in the order of their sorted keys. A row's split
     depends on its prompt: no prompt is both trained and validated on, and every environment is in both files.
 
@@ -133,8 +147,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     Returns {"rows": {"train", "validation"}, "agents": {agent: the same}, "resolved" and "unresolved": placeholder rows
     by `dataset`, "broken": rows left out by reason}.
 
-    Raises NemoflowError naming file and row for a placeholder that cannot be completed, for more than `max_broken`
-    unusable rows, and when an environment cannot be in both files or nothing is left.
+    Raises NemoflowError naming file and row for a placeholder that cannot be completed, a row of no environment of the
+    stage, and more than `max_broken` unusable rows; and when an environment cannot be in both files or nothing is left.
     """
     reader = _Reader(payload, inputs, progress)
     hashes: dict[str, array] = defaultdict(lambda: array("Q"))

@@ -5,6 +5,14 @@ The fields are those that each resources server's request has, read from NeMo-Gy
 
 from collections.abc import Callable
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "list": (list,),
+    "mapping": (dict,),
+    "integer": (int,),
+    "any": (object,),
+}
+
 
 def _text(row: dict, *keys: str) -> None:
     for key in keys:
@@ -94,3 +102,24 @@ def check_row(row: dict) -> None:
                 check(row)
             except ValueError as error:
                 raise ValueError(f"{error}; the verifier of {name} reads it") from None
+
+
+def check_fields(row: dict, fields: dict[str, str], agent: str) -> None:
+    """Raise ValueError with the reason when a row lacks a field of its environment.
+
+    fields: key, dotted where it lies deeper, or several with | between of which one is enough -> text, list, mapping,
+    integer or any; an empty one is missing.
+    """
+    for key, wanted in fields.items():
+        found = [value for place in key.split("|") if (value := _deep(row, place)) not in (None, "", [], {})]
+        if not found:
+            raise ValueError(f"{key.replace('|', ' or ')} is missing; the verifier of {agent} reads it")
+        if not isinstance(found[0], _TYPES[wanted]) or (wanted == "integer" and isinstance(found[0], bool)):
+            raise ValueError(f"{key.replace('|', ' or ')} is no {wanted}; the verifier of {agent} reads it")
+
+
+def _deep(row: dict, place: str) -> object:
+    value: object = row
+    for key in place.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -17,11 +17,15 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     def padding(overrides) -> int            what lengths of packed sequences must be multiples of (kind `sft`)
     def geometry(function, overrides, resources, hf_config, kind, pack_size) -> tuple[str, list[str]]
                                              the layout over the GPUs in a line, and what is impossible about it
+    def check_algorithm(algorithm, overrides, where)   raise NemoflowError for an algorithm it does not train, or for
+                                             overrides of another one (kind `rl`)
+    def environments(found, where) -> dict   what a stage freezes of its environments, by the agent that rows name;
+                                             raise NemoflowError for one it cannot run (nemoflow/environments; kind `rl`)
     def command(request: Path) -> list[str]  the program that trains what the request file says (nemoflow/training.py)
     def states(checkpoints: Path) -> dict[int, Path]   complete checkpoints by iteration
 
-The index members and sequence_length are for kind `pretrain`, padding for `sft`; an engine without these kinds leaves
-them out. geometry may be left out.
+The index members and sequence_length are for kind `pretrain`, padding for `sft`, check_algorithm and environments for
+`rl`; an engine without these kinds leaves them out. geometry may be left out.
 """
 
 import difflib

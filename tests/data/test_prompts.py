@@ -65,7 +65,7 @@ def source(tmp_path):
 
 
 def make(sources, out, placeholder_sources=(), **payload):
-    payload = {"valid": "1/10", "max_broken": "0", "placeholders": {}, "allow_unresolved": []} | payload
+    payload = {"valid": "1/10", "max_broken": "0", "placeholders": {}, "allow_unresolved": [], "agents": {}} | payload
     inputs = {"sources": sources, "placeholder_sources": list(placeholder_sources)}
     return prompts.make(payload, inputs, out, print)
 
@@ -452,3 +452,34 @@ def test_no_heavy_library_is_loaded():
     heavy = "('torch', 'transformers', 'pandas', 'datasets')"
     code = f"import sys, nemoflow.data.prompts; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+# -- the environments of a stage ---------------------------------------------------------------------------------------
+
+FIELDS = {"question": "text", "metadata.number|id": "integer"}
+
+
+def test_rows_have_what_their_environment_reads(source, out):
+    made = make([source("a", [row(f"{i}?", id=i + 1) for i in range(4)])], out, valid="0", agents={AGENT: FIELDS})
+    assert made["rows"] == {"train": 4, "validation": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"agent_ref": agent("mcqa_other_agent"), "options": [{"A": "x"}]},
+            "'mcqa_other_agent' is of no environment of",
+        ),
+        ({}, f"metadata.number or id is missing; the verifier of {AGENT} reads it"),
+        ({"id": "7"}, "metadata.number or id is no integer"),
+        ({"id": True}, "metadata.number or id is no integer"),
+        ({"id": 1, "question": ["?"]}, "question is missing"),
+    ],
+)
+def test_a_row_that_its_environment_cannot_read_is_named_by_file_and_line(source, out, changes, message):
+    directory = source("a", [row("1?", metadata={"number": 3}), row("2?", **changes)])
+    with pytest.raises(NemoflowError) as caught:
+        make([directory], out, valid="0", agents={AGENT: FIELDS})
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("hf://datasets/org/a@c0ffeec0ffee/data/0.jsonl:2: ")

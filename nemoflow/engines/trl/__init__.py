@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 from nemoflow.engines.trl.checkpoints import states
+from nemoflow.environments import Environment
 from nemoflow.errors import NemoflowError
 
 __all__ = [
     "REFUSED",
     "STARTS_FROM",
     "check",
+    "check_algorithm",
     "command",
+    "environments",
     "outside",
     "schedule_horizon",
     "states",
@@ -58,6 +61,27 @@ def check(overrides: dict, where: str) -> None:
             raise NemoflowError(
                 f"{where}.{key}: no section of this engine; write grpo.NAME, NAME a field of GRPOConfig"
             )
+
+
+def check_algorithm(algorithm: str, overrides: dict, where: str) -> None:  # noqa: ARG001
+    """Raise NemoflowError for an algorithm that is not trained here."""
+    if algorithm != "grpo":
+        raise NemoflowError(f"{where}.algorithm: {algorithm!r}: engine trl trains grpo")
+
+
+def environments(found: dict[str, Environment], where: str) -> dict:
+    """Agent -> what judges its rows' answers. Raises NemoflowError for an environment without a verifier."""
+    frozen = {}
+    for name, each in found.items():
+        if each.verifier is None:
+            raise NemoflowError(
+                f"{where}: {name} has no `verifier` in its file, and engine trl starts no server; leave it out, or "
+                "write the verifier that judges its answers"
+            )
+        frozen[each.agent] = each.model_dump(
+            include={"verifier", "settings", "timeout", "on_error", "max_skipped"}, exclude_defaults=True
+        )
+    return frozen
 
 
 def outside(key: str) -> bool:
