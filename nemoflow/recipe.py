@@ -458,8 +458,8 @@ class Rl(Training):
     kind: Literal["rl"]
     engine: Name = "trl"
     algorithm: Literal["grpo", "dapo", "dpo", "rm", "distillation"]
-    """grpo, dapo and distillation learn from `data: {prompts, environments}`, dpo and rm (a reward model, Bradley-Terry)
-    from `data: {preferences}`."""
+    """grpo, dapo and distillation learn from `data: {prompts, environments}`, dpo and rm (a reward model after Bradley
+    and Terry) from `data: {preferences}`."""
     data: Annotated[
         Annotated[RlData, Tag("<prompts data>")] | Annotated[PreferenceData, Tag("<preferences data>")],
         _by_key("preferences", "<preferences data>", "<prompts data>"),

@@ -30,7 +30,7 @@ def check_algorithm(algorithm, overrides, where):
     pass
 
 
-def environments(found, where):
+def environments(found, where):  # noqa: ARG001
     return {each.agent: {"settings": each.settings} for each in found.values()}
 
 

@@ -19,8 +19,8 @@ imported by the main process and must stay light: no torch, no Megatron; those b
                                              the layout over the GPUs in a line, and what is impossible about it
     def check_algorithm(algorithm, overrides, where)   raise NemoflowError for an algorithm it does not train, or for
                                              overrides of another one (kind `rl`)
-    def environments(found, where) -> dict   what a stage freezes of its environments, by the agent that rows name;
-                                             raise NemoflowError for one it cannot run (nemoflow/environments; kind `rl`)
+    def environments(found, where) -> dict   what a stage freezes of its environments (nemoflow/environments), by
+                                             agent; raise NemoflowError for one it cannot run (kind `rl`)
     def command(request: Path) -> list[str]  the program that trains what the request file says (nemoflow/training.py)
     def states(checkpoints: Path) -> dict[int, Path]   complete checkpoints by iteration
 

@@ -1,4 +1,4 @@
-"""Environments: what judges the answers in RL. One file each in config/environments; see `Environment` for what it says.
+"""Environments: what judges the answers in RL. One file each in config/environments; `Environment` is what it says.
 
 A row names its environment by `agent_ref.name`, as NeMo-Gym's rows do. An engine takes from the file what it runs:
 NeMo-Gym's server, NeMo-RL's own environment, or a verifier in Python, `(answer, row, **settings) -> reward`. The main
@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from nemoflow import recipe as grammar
 from nemoflow.errors import NemoflowError
+from nemoflow.recipe import Model
 
 Verifier = Callable[..., float]
 """(answer without control tokens, row, **settings) -> reward. Raises when it cannot judge; never for a wrong answer."""
 
 
-class Environment(grammar.Model):
+class Environment(Model):
     """A file in config/environments."""
 
     description: str = ""
@@ -39,8 +40,9 @@ class Environment(grammar.Model):
     timeout: grammar.Time = "10s"
     """How long the verifier may take for one answer."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What becomes of an answer that the verifier cannot judge, as it raises, hangs or gives no number: the run stops, or
-    the answer is given the mean reward of the other answers to its prompt, from which nothing is learned, and counted."""
+    """What becomes of an answer that the verifier cannot judge, as it raises, hangs or gives no number: the run stops,
+    or the answer is counted and given the mean reward of the other answers to its prompt, so that nothing is learned
+    from it."""
     max_skipped: grammar.Portion = "1/10"
     """Share of the answers of a step that may be skipped; more stops the run."""
 

@@ -3,7 +3,7 @@
 Where a row's `template_metadata.output_regex` finds a choice, that is it: the last match of the first pattern that
 matches, letters in any case. Else its `grading_mode` says where to look:
 
-    strict_single_letter_boxed   a capital letter in the first \\boxed{} that holds one and no other letter (the default)
+    strict_single_letter_boxed   a capital letter in the first \\boxed{} that holds one and no other (default)
     lenient_boxed                that, or else the only option whose text stands in the first \\boxed{}
     lenient_answer_colon         a letter alone, or an option's text, after "Answer:"
 """
