@@ -167,7 +167,18 @@ class _Source(Model):
 
 
 class Generated(_Source):
-    generator: Literal["stdlib_topics", "stdlib_docstrings", "stdlib_chats", "arithmetic_chats", "arithmetic_rl"]
+    generator: Literal[
+        "stdlib_topics",
+        "stdlib_docstrings",
+        "stdlib_chats",
+        "arithmetic_chats",
+        "arithmetic_rl",
+        "arithmetic_preferences",
+        "comparison_chats",
+        "comparison_rl",
+        "object_chats",
+        "object_rl",
+    ]
     """A program that writes this source; the texts come from the Python interpreter's own documentation."""
     args: dict[str, Any] = {}
     """Arguments of the generator."""

@@ -29,6 +29,9 @@ _PHRASINGS = (
     "Tell me about {name} in Python.",
 )
 _SUM = "What is {a} + {b}?"
+_LARGER = "Which is larger?\nA: {a}\nB: {b}"
+_OBJECT = "Write {key} = {value} as JSON."
+_KEYS = ("x", "y", "z")
 
 
 def _docstrings() -> list[tuple[str, str]]:
@@ -98,23 +101,79 @@ def arithmetic_rl(seed: int, *, count: int = 100, max_operand: int = 9) -> Itera
         }
 
 
+def arithmetic_preferences(seed: int, *, count: int = 100, max_operand: int = 9) -> Iterator[dict]:
+    """`count` pairs of answers to the questions of `arithmetic_chats`: the sum, and another sum of such numbers."""
+    order = random.Random(f"{seed} rejected")
+    for a, b in _pairs(seed, count, max_operand):
+        wrong = order.choice([n for n in range(2 * max_operand + 1) if n != a + b])
+        yield {"prompt": _SUM.format(a=a, b=b), "chosen": str(a + b), "rejected": str(wrong)}
+
+
+def comparison_chats(seed: int, *, count: int = 2000, max_operand: int = 9) -> Iterator[dict]:
+    """`count` chats that ask which of two different numbers from 0 to `max_operand` is larger, A or B, and answer."""
+    for a, b in _pairs(seed, count, max_operand, different=True):
+        yield _chat(_LARGER.format(a=a, b=b), "AB"[b > a])
+
+
+def comparison_rl(seed: int, *, count: int = 100, max_operand: int = 9) -> Iterator[dict]:
+    """`count` rows for NeMo-Gym's mcqa, with the questions of `comparison_chats`."""
+    for a, b in _pairs(seed, count, max_operand, different=True):
+        yield {
+            "responses_create_params": {"input": [{"role": "user", "content": _LARGER.format(a=a, b=b)}]},
+            "agent_ref": {"type": "responses_api_agents", "name": "mcqa_simple_agent"},
+            "options": [{"A": str(a)}, {"B": str(b)}],
+            "expected_answer": "AB"[b > a],
+            "template_metadata": {"output_regex": r"^\s*([AB])\s*$"},
+        }
+
+
+def object_chats(seed: int, *, count: int = 2000, max_value: int = 9) -> Iterator[dict]:
+    """`count` chats that ask for a JSON object with one key and a number from 0 to `max_value`, and answer with it."""
+    for key, value in _objects(seed, count, max_value):
+        yield _chat(_OBJECT.format(key=key, value=value), json.dumps({key: value}))
+
+
+def object_rl(seed: int, *, count: int = 30, max_value: int = 9) -> Iterator[dict]:
+    """`count` rows for NeMo-Gym's structured_outputs, with the questions of `object_chats`."""
+    for key, value in _objects(seed, count, max_value):
+        yield {
+            "responses_create_params": {"input": [{"role": "user", "content": _OBJECT.format(key=key, value=value)}]},
+            "agent_ref": {"type": "responses_api_agents", "name": "structured_outputs_simple_agent"},
+            "schema_str": json.dumps({"type": "object", "properties": {key: {"const": value}}}),
+            "schema_type": "json",
+        }
+
+
 def _chat(question: str, answer: str) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def _pairs(seed: int, count: int, max_operand: int) -> Iterator[tuple[int, int]]:
-    """`count` pairs of operands in passes over all (max_operand + 1)**2 pairs, each pass shuffled anew."""
+def _pairs(seed: int, count: int, max_operand: int, different: bool = False) -> Iterator[tuple[int, int]]:
+    """`count` pairs of operands, all (max_operand + 1)**2 of them in each pass, or only those of different ones."""
+    numbers = range(max_operand + 1)
+    yield from _passes(seed, count, [(a, b) for a in numbers for b in numbers if not (different and a == b)])
+
+
+def _objects(seed: int, count: int, max_value: int) -> Iterator[tuple[str, int]]:
+    yield from _passes(seed, count, [(key, value) for key in _KEYS for value in range(max_value + 1)])
+
+
+def _passes(seed: int, count: int, items: list[tuple]) -> Iterator[tuple]:
+    """`count` items in passes over all, each pass shuffled anew."""
     order = random.Random(seed)
-    pairs = [(a, b) for a in range(max_operand + 1) for b in range(max_operand + 1)]
     for number in range(count):
-        if number % len(pairs) == 0:
-            order.shuffle(pairs)
-        yield pairs[number % len(pairs)]
+        if number % len(items) == 0:
+            order.shuffle(items)
+        yield items[number % len(items)]
 
 
 GENERATORS: dict[str, Callable[..., Iterator[dict]]] = {
     generator.__name__: generator
-    for generator in (stdlib_topics, stdlib_docstrings, stdlib_chats, arithmetic_chats, arithmetic_rl)
+    for generator in (
+        *(stdlib_topics, stdlib_docstrings, stdlib_chats),
+        *(arithmetic_chats, arithmetic_rl, arithmetic_preferences),
+        *(comparison_chats, comparison_rl, object_chats, object_rl),
+    )
 }
 
 

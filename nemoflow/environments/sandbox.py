@@ -13,8 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 CELL = Path(__file__).with_name("cell.py")
+
+START_SECONDS = 30.0
+"""For the process to start and to lock itself in, before its own time begins."""
 
 MAX_OUTPUT = 2**20
 """Bytes that a program may print; one that prints more has failed."""
@@ -48,10 +52,10 @@ def run(
     with os.fdopen(told, "rb") as locked, child:
         header = job.encode() + b"\n"
         streams = {child.stdout: bytearray(), child.stderr: bytearray()}
-        whole = _exchange(child, header + given.encode(), streams, time.monotonic() + seconds + 5)
+        locked_in, whole = _exchange(child, header + given.encode(), streams, locked, seconds)
         child.kill()
         code_ = child.wait()
-        if locked.read() != b"locked in":
+        if not locked_in:
             why = streams[child.stderr].decode(errors="replace").strip() or f"exit code {code_}"
             raise RuntimeError(f"generated code cannot be kept apart from this machine: {why.splitlines()[-1]}")
         if not whole or code_ != 0:
@@ -59,19 +63,25 @@ def run(
         return streams[child.stdout].decode(errors="replace")
 
 
-def _exchange(child: subprocess.Popen, given: bytes, streams: dict, deadline: float) -> bool:
-    """Write `given`, read the streams to their ends; False when it took too long or printed too much."""
+def _exchange(
+    child: subprocess.Popen, given: bytes, streams: dict, locked: BinaryIO, seconds: float
+) -> tuple[bool, bool]:
+    """Write `given`, read the streams to their ends: whether the child was locked in, and ended as it should.
+
+    The clock runs from when it is locked in. It has not ended as it should when it took too long or printed too much.
+    """
     left = memoryview(given)
     os.set_blocking(child.stdin.fileno(), False)
+    deadline, locked_in = time.monotonic() + START_SECONDS, False
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdin, selectors.EVENT_WRITE)
-        for stream in streams:
+        for stream in (*streams, locked):
             selector.register(stream, selectors.EVENT_READ)
         reading = len(streams)
         while reading:
             ready = selector.select(max(0, deadline - time.monotonic()))
             if not ready:
-                return False
+                return locked_in, False
             for key, _ in ready:
                 if key.fileobj is child.stdin:
                     try:
@@ -81,16 +91,20 @@ def _exchange(child: subprocess.Popen, given: bytes, streams: dict, deadline: fl
                     if not left:
                         selector.unregister(child.stdin)
                         child.stdin.close()
-                    continue
-                found = os.read(key.fd, 65536)
-                streams[key.fileobj] += found
-                if not found:
-                    selector.unregister(key.fileobj)
-                    reading -= 1
-                if len(streams[key.fileobj]) > MAX_OUTPUT:
-                    return False
+                elif key.fileobj is locked:
+                    locked_in = os.read(key.fd, 64) == b"locked in"
+                    deadline = time.monotonic() + seconds
+                    selector.unregister(locked)
+                else:
+                    found = os.read(key.fd, 65536)
+                    streams[key.fileobj] += found
+                    if not found:
+                        selector.unregister(key.fileobj)
+                        reading -= 1
+                    if len(streams[key.fileobj]) > MAX_OUTPUT:
+                        return locked_in, False
     try:
         child.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return False
-    return True
+        return locked_in, False
+    return locked_in, True

@@ -1,0 +1,23 @@
+"""Verifiers that do not do what they should, for tests of the judge."""
+
+import os
+import time
+
+
+def verify(answer, row):
+    """What the answer says: raise, hang, die, or the value given."""
+    match answer:
+        case "raise":
+            raise KeyError("expected_answer")
+        case "hang":
+            time.sleep(600)
+        case "die":
+            os._exit(7)
+        case "nan":
+            return float("nan")
+        case "none":
+            return None
+        case "print":
+            print("noise", flush=True)
+            return 1
+    return float(answer) * row.get("factor", 1)
