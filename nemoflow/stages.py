@@ -728,6 +728,13 @@ class Recipe:
         return steps
 
     def _export(self, model: Model | Trained, at: int | None) -> str:
+        """The export of a model. Raises NemoflowError for one that its engine has no export of."""
+        algorithm = getattr(model.spec, "algorithm", None)
+        if algorithm in getattr(model.engine, "NOT_EXPORTED", ()):
+            raise NemoflowError(
+                f"{self.file}: stages[{model.spec.name}]: engine {model.spec.engine} does not export what "
+                f"{algorithm} trains; its state is rl/{self.name}@{model.spec.name}"
+            )
         init = model.stage.payload["init"] if getattr(model.spec, "peft", None) else None
         return self._add(
             "hf_export",

@@ -25,6 +25,8 @@ def result(record: dict) -> str:
         return f"{metric} {score['value']:.3f}{error} of {found['samples']:,}"
     if "reward" in found:
         return f"reward {found['reward_first']:.2f} -> {found['reward']:.2f}"
+    if "accuracy" in found:
+        return f"preference accuracy {found['accuracy_first']:.2f} -> {found['accuracy']:.2f}"
     if "valid_loss" in found:
         return f"valid loss {found['valid_loss_first']:.2f} -> {found['valid_loss']:.2f}"
     if "loss" in found:

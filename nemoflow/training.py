@@ -54,7 +54,8 @@ def metrics(path: Path) -> dict[int, dict]:
 def measures(found: dict[int, dict], start: int, at: int) -> dict:
     """What a state at iteration `at` measures: tokens, first and last losses or rewards.
 
-    `reward_first` and `reward` are means over the first and the last tenth of the steps so far.
+    `reward_first` and `reward`, and so each `rewards` of an environment and the `accuracy` of preferences, are means
+    over the first and the last tenth of the steps so far. `skipped`: answers that no environment could judge.
     """
     steps = [found[n] for n in sorted(found) if start <= n <= at]
     trained = [s for s in steps if "loss" in s]
@@ -67,10 +68,23 @@ def measures(found: dict[int, dict], start: int, at: int) -> dict:
         result |= {"valid_loss_first": valid[0], "valid_loss": valid[-1]}
     if by_source := [s["valid_losses"] for s in steps if "valid_losses" in s]:
         result["valid_losses"] = by_source[-1]
-    if rewards := [s["reward"] for s in steps if "reward" in s]:
-        tenth = max(1, len(rewards) // 10)
-        result |= {"reward_first": sum(rewards[:tenth]) / tenth, "reward": sum(rewards[-tenth:]) / tenth}
+    for name in ("reward", "accuracy"):
+        if values := [s[name] for s in steps if s.get(name) is not None]:
+            first, last = tenths(values)
+            result |= {f"{name}_first": first, name: last}
+    if agents := sorted({agent for s in steps for agent in s.get("rewards", ())}):
+        each = {a: tenths([s["rewards"][a] for s in steps if a in s.get("rewards", ())]) for a in agents}
+        result["rewards_first"] = {agent: first for agent, (first, _) in each.items()}
+        result["rewards"] = {agent: last for agent, (_, last) in each.items()}
+    if skipped := [s["skipped"] for s in steps if "skipped" in s]:
+        result["skipped"] = {agent: sum(s.get(agent, 0) for s in skipped) for agent in sorted(set().union(*skipped))}
     return result
+
+
+def tenths(values: list[float]) -> tuple[float, float]:
+    """Means of the first and of the last tenth."""
+    count = max(1, len(values) // 10)
+    return sum(values[:count]) / count, sum(values[-count:]) / count
 
 
 class Trajectory:
@@ -381,7 +395,8 @@ class _Progress:
             return
         self.shown = now
         left = (now - self.begun) / (self.seen - self.first) * (self.job.at - self.seen)
-        values = ", ".join(f"{k} {entry[k]:.3f}" for k in ("loss", "reward") if isinstance(entry.get(k), float))
+        shown = ("loss", "reward", "accuracy")
+        values = ", ".join(f"{k} {entry[k]:.3f}" for k in shown if isinstance(entry.get(k), float))
         minutes, seconds = divmod(round(left), 60)
         self.job.say(f"iteration {self.seen} of {self.job.at}, {values}, {minutes}:{seconds:02d} left")
 

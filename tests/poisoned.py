@@ -21,3 +21,14 @@ def verify(answer, row):
             print("noise", flush=True)
             return 1
     return float(answer) * row.get("factor", 1)
+
+
+def odd(answer, row):  # noqa: ARG001
+    """Raises for answers that are odd numbers; the others are worth one."""
+    if answer.strip() in ("1", "3", "5", "7", "9"):
+        raise ValueError(f"{answer} is odd")
+    return 1
+
+
+def hang(answer, row):  # noqa: ARG001
+    time.sleep(600)

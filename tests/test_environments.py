@@ -103,9 +103,30 @@ def test_preferences_are_data_of_a_stage():
     assert recipe.stages["rl"].stage.label == "dpo"
 
 
+def test_algorithms_have_settings_of_their_own():
+    recipe = resolve(algorithm="dapo", data=WITH, overrides={"grpo.num_generations": 8, "dapo.overlong_cache": 2})
+    assert recipe.stages["rl"].stage.payload["overrides"] == {"grpo.num_generations": 8, "dapo.overlong_cache": 2}
+    assert resolve(algorithm="rm", data=PAIRS, overrides={"rm.learning_rate": 1.0e-4}).stages["rl"]
+
+
+def test_a_reward_model_is_not_exported():
+    recipe = resolve(algorithm="rm", data=PAIRS)
+    with pytest.raises(NemoflowError, match=r"engine trl does not export what rm trains; its state is rl/demo@rl"):
+        recipe.view("hf_export", "rl")
+    assert recipe.view("rl", "rl")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"algorithm": "distillation", "teacher": {"from": "sft"}}, "engine trl trains grpo, dapo, dpo, rm"),
+        ({"overrides": {"dpo.beta": 1}}, "overrides.dpo.beta: settings of grpo are written grpo.NAME"),
+        (
+            {"overrides": {"dapo.overlong_cache": 1}},
+            "overrides.dapo.overlong_cache: settings of grpo are written grpo.",
+        ),
+        ({"overrides": {"dapo.clip": 1}}, "overrides.dapo.clip: dapo has overlong_cache"),
+        ({"overrides": {"train.iters": 1}}, "overrides.train.iters: no section of this engine; write SECTION.NAME"),
         ({"algorithm": "dpo"}, "stages[rl].data: dpo learns from other data; write data: {preferences: [...]}"),
         ({"algorithm": "rm"}, "stages[rl].data: rm learns from other data; write data: {preferences: [...]}"),
         ({"data": PAIRS}, "stages[rl].data: grpo learns from other data; write data: {prompts: [...], environments:"),

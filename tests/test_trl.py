@@ -15,7 +15,7 @@ from hf_models import random_model, small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemoflow.engines.trl import checkpoints, rewards, train
+from nemoflow.engines.trl import USUAL, checkpoints, rollouts, train
 from nemoflow.errors import NemoflowError
 from nemoflow.export import make
 from nemoflow.training import metrics
@@ -96,8 +96,8 @@ def request(home: Path, start_from: Path, rows: list[dict] | None = None, **chan
 
 def start(file: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "nemoflow.engines.trl.train", str(file)]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    tests = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
     with (file.parent / "log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -126,33 +126,7 @@ def uninterrupted(model, tmp_path_factory) -> Path:
     return home
 
 
-# -- rewards -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "value"),
-    [
-        ("8", "8", 1),
-        (" 8\n", "8", 1),
-        ("8.0", "8", 1),
-        ("+8", "8", 1),
-        ("08", "8", 1),
-        ("1,024", "1024", 1),
-        ("-3", "-3", 1),
-        ("8", 8, 1),
-        ("x + 1", "x + 1", 1),
-        ("9", "8", 0),
-        ("88", "8", 0),
-        ("8 apples", "8", 0),
-        ("1,02", "102", 0),
-        ("", "8", 0),
-        ("nan", "8", 0),
-        ("infinity", "8", 0),
-        ("8" * 5000, "8", 0),
-    ],
-)
-def test_the_reward_of_an_answer(answer, expected, value):
-    assert rewards.reward(answer, row("0") | {"expected_answer": expected}) == value
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +135,7 @@ def test_the_reward_of_an_answer(answer, expected, value):
         ("{", ":2: no row in NeMo-Gym's layout"),
         ("[]", ":2: no row in NeMo-Gym's layout"),
         ('{"responses_create_params": {}}', ":2: no row in NeMo-Gym's layout: KeyError('input')"),
-        (json.dumps(row("8") | {"agent_ref": {"name": "swe_agent"}}), ":2: agent_ref.name: 'swe_agent' has no verif"),
+        (json.dumps(row("8") | {"agent_ref": {"name": "swe_agent"}}), ":2: agent_ref.name: 'swe_agent' is of no envir"),
         (json.dumps(row("")), ":2: expected_answer is missing"),
         (
             json.dumps(row("8") | {"responses_create_params": {"input": [{"type": "function_call", "name": "f"}]}}),
@@ -176,16 +150,16 @@ def test_the_reward_of_an_answer(answer, expected, value):
 def test_a_row_that_cannot_be_trained_on_is_named(tmp_path, text, message):
     (tmp_path / "train.jsonl").write_text(json.dumps(row("8")) + "\n" + text + "\n")
     with pytest.raises(NemoflowError) as caught:
-        train.rows(tmp_path)
+        rollouts.rows(tmp_path, USUAL)
     assert str(caught.value).startswith(f"{tmp_path}/train.jsonl{message}")
 
 
 def test_no_rows(tmp_path):
     with pytest.raises(NemoflowError, match=r"train\.jsonl: is missing"):
-        train.rows(tmp_path)
+        rollouts.rows(tmp_path, USUAL)
     prompts(tmp_path, [])
     with pytest.raises(NemoflowError, match="has no rows"):
-        train.rows(tmp_path)
+        rollouts.rows(tmp_path, USUAL)
 
 
 @given(st.integers(1, 50), st.integers(0, 2**32), st.integers(0, 300), st.integers(0, 300))
@@ -239,6 +213,8 @@ def test_a_checkpoint_is_complete_when_it_is_marked_and_whole(tmp_path):
     [
         ({"grpo.learning_rat": 1.0e-3}, "did you mean grpo.learning_rate?"),
         ({"train.iters": 1}, "there is no such setting"),
+        ({"dpo.beta": 0.1}, "dpo.beta: there is no such setting"),
+        ({"dapo.overlong_cache": 0.5}, "dapo.overlong_cache: 0.5 is float; int is wanted"),
         ({"grpo.max_steps": 7}, "a recipe cannot set this: write the stage's horizon"),
         ({"grpo.output_dir": "x"}, "a recipe cannot set this"),
         ({"grpo.report_to": ["wandb"]}, "a recipe cannot set this"),
@@ -373,7 +349,11 @@ def test_a_trained_state_is_exported(uninterrupted, model, tmp_path):
     ("changes", "message"),
     [
         ({"stop": 13}, "until: 13 is past the horizon of the schedule, 12"),
-        ({"algorithm": "dpo"}, "algorithm: 'dpo' is not one of this engine: grpo"),
+        (
+            {"environments": {AGENT["name"]: {"verifier": "maths"}}},
+            "environment of math_with_judge_simple_agent: verifi",
+        ),
+        ({"algorithm": "ppo"}, "algorithm: 'ppo' is not one of this engine: grpo, dapo, dpo, rm"),
         ({"model": "/nowhere"}, "/nowhere: no model that can be loaded"),
     ],
 )
@@ -382,3 +362,130 @@ def test_one_clear_last_line(tmp_path, model, changes, message):
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith(f"nemoflow: error: {message}")
     assert checkpoints.states(tmp_path / "checkpoints") == {}
+
+
+# -- other algorithms --------------------------------------------------------------------------------------------------
+
+
+def chat(text: str, role: str = "assistant") -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+PAIRS = [{"prompt": chat(f"What is {a} + 4?", "user"), "chosen": chat("7"), "rejected": chat(str(a))} for a in range(7)]
+
+
+def pairs_request(home: Path, model: Path, algorithm: str, **changes) -> Path:
+    file = request(home, model, algorithm=algorithm, prompts=None, preferences=str(home / "prompts"), **changes)
+    prompts(home / "prompts", PAIRS)
+    return file
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "rm"])
+def test_preferences_are_learned_and_go_on_after_a_kill(model, tmp_path, algorithm):
+    """Killed at 7 and run again: the digits of a run in one go, and in the end nearly all pairs are told apart."""
+    settings = {"learning_rate": 2.0e-3, "per_device_train_batch_size": 7, "lr_scheduler_type": "constant"}
+    overrides = {f"{algorithm}.{key}": value for key, value in settings.items()}
+    once, again = (
+        pairs_request(tmp_path / name, model, algorithm, overrides=overrides, save_interval=4) for name in ("a", "b")
+    )
+    assert run(once) == 0, (once.parent / "log").read_text()[-3000:]
+    found = digits(once.parent)
+    assert list(found) == list(range(1, 13))
+    assert found[12]["accuracy"] > 0.8
+    assert found[12]["margin"] > found[2]["margin"]
+    child = start(again)
+    while 6 not in metrics(again.parent / "metrics.jsonl"):
+        assert child.poll() is None, (again.parent / "log").read_text()[-3000:]
+        time.sleep(0.001)
+    kill(child)
+    assert list(checkpoints.states(again.parent / "checkpoints")) == [4]
+    assert run(again) == 0
+    assert digits(again.parent) == found
+
+
+def test_dapo_clips_higher_and_punishes_length(model, tmp_path):
+    asked = request(tmp_path, model, algorithm="dapo", horizon=3, stop=3, wanted=[3])
+    assert run(asked) == 0, (tmp_path / "log").read_text()[-3000:]
+    resolved = json.loads((tmp_path / "config").read_text())
+    assert (resolved["epsilon"], resolved["epsilon_high"], resolved["loss_type"]) == (0.2, 0.28, "dapo")
+    rewards = rollouts.Rewards(Always(), 2, (10, 4))
+    answers = [[{"content": "8"}]] * 4
+    lengths = [[1] * n for n in (3, 8, 10, 6)]
+    assert rewards(answers, [json.dumps(row("8"))] * 4, lengths) == [1, 0.5, 0, 1]
+    assert rewards.measured == {"reward": 1}, "what the environment says, length aside"
+
+
+class Always:
+    """A judge to whom each answer is worth `found`, or one."""
+
+    def __init__(self, found: list | None = None):
+        self.found, self.environments = found, {AGENT["name"]: {}}
+
+    def rewards(self, answers, rows):  # noqa: ARG002
+        return self.found or [1.0] * len(answers)
+
+
+def test_what_cannot_be_judged_teaches_nothing():
+    """It takes the mean of its group, whose other advantages stay; it is counted, and in no mean."""
+    rewards = rollouts.Rewards(Always([1.0, None, 0.0, 0.5, None, None, 1.0, 1.0, 0.0]), 3, None)
+    found = rewards([[{"content": "x"}]] * 9, [json.dumps(row("8"))] * 9, [[1]] * 9)
+    assert found == [1.0, 0.5, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0, 0.0]
+    assert rewards.measured == {"reward": pytest.approx(3.5 / 6), "skipped": {AGENT["name"]: 3}}
+
+
+def test_several_environments_in_one_run(model, tmp_path):
+    """Rows of three environments, one of which fails now and then: each is measured apart, failures counted."""
+    flaky = row("7") | {"agent_ref": {"name": "flaky_agent"}}
+    choice = row("B") | {"agent_ref": {"name": "mcqa_simple_agent"}, "options": [{"A": "1"}, {"B": "2"}]}
+    environments = {
+        AGENT["name"]: {"verifier": "math"},
+        "mcqa_simple_agent": {"verifier": "mcqa"},
+        "flaky_agent": {"verifier": "poisoned:odd", "on_error": "skip", "max_skipped": "1"},
+    }
+    asked = request(tmp_path, model, [*SUMS[:4], flaky, flaky, choice], environments=environments, horizon=4, stop=4)
+    assert run(asked) == 0, (tmp_path / "log").read_text()[-3000:]
+    found = list(metrics(tmp_path / "metrics.jsonl").values())
+    assert set().union(*(entry["rewards"] for entry in found)) == set(environments)
+    assert {value for entry in found for value in [entry["rewards"].get("mcqa_simple_agent", 0)]} == {0}
+    assert any(entry.get("skipped", {}).get("flaky_agent") for entry in found)
+    assert {agent for entry in found for agent in entry.get("skipped", {})} == {"flaky_agent"}
+
+
+def test_a_poisoned_environment_stops_the_run_by_name(model, tmp_path):
+    environments = {AGENT["name"]: {"verifier": "poisoned:hang", "timeout": "1s"}}
+    assert run(request(tmp_path, model, environments=environments)) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("nemoflow: error: environment of math_with_judge_simple_agent: it took more than 1s")
+    assert checkpoints.states(tmp_path / "checkpoints") == {}
+
+
+@pytest.mark.slow
+def test_the_export_scores_what_the_trainer_reported(model, tmp_path):
+    """The last step's policy, unmoved by a tiny learning rate, against 2,000 answers sampled from its export."""
+    overrides = OVERRIDES | {"grpo.learning_rate": 1.0e-9, "grpo.per_device_train_batch_size": 200}
+    often = max("0123456789", key=lambda digit: sampled(model, row(digit, "What is 3 + 4?"), 200))
+    rows = [row(often, "What is 3 + 4?")]
+    assert run(request(tmp_path, model, rows, overrides=overrides, horizon=10, stop=10, wanted=[10])) == 0
+    reported = [entry["reward"] for entry in metrics(tmp_path / "metrics.jsonl").values()]
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "checkpoint").symlink_to(checkpoints.states(tmp_path / "checkpoints")[10])
+    out = tmp_path / "out"
+    out.mkdir()
+    make({"engine": "trl", "dtype": "float32"}, {"state": tmp_path / "state", "tokenizer": model}, out, print, [])
+    right = sampled(out, rows[0], 2000)
+    both = 0.5 * (right + sum(reported) / 10)
+    assert abs(right - sum(reported) / 10) < 4 * (both * (1 - both) * (1 / 2000 + 1 / 2000)) ** 0.5
+    assert 0.05 < right < 0.95, "or equal shares would say little"
+
+
+def sampled(export: Path, asked: dict, count: int) -> float:
+    """The share of right answers among `count` sampled from an export by plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    messages = asked["responses_create_params"]["input"]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    torch.manual_seed(0)
+    answers = loaded.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=1, num_return_sequences=count)
+    texts = tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(text.strip() == asked["expected_answer"] for text in texts) / count

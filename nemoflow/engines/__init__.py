@@ -6,6 +6,7 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     STARTS_FROM: "checkpoint" | "export"     what an `init` hands to it: its parent's checkpoint, or an HF export of it
     CARRIES: tuple[str, ...]                 what an `init` can take over: weights, weights+optimizer, all
     ONE_PROCESS: bool                        optional: whether it cannot train as several processes
+    NOT_EXPORTED: tuple[str, ...]            optional: algorithms of kind `rl` whose models are not exported
     REFUSED: dict[str, str]                  override -> why a recipe may not set it
     def check(overrides, where)              raise NemoflowError for overrides it refuses or does not know
     def outside(key) -> bool                 whether an override leaves the result unchanged, and so the identity too

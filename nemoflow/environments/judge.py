@@ -49,6 +49,10 @@ class Judge:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
         for worker in self._workers.values():
             worker.kill()
 

@@ -341,7 +341,7 @@ def _curves(own: Path) -> dict[str, list]:
     except (ValueError, KeyError):
         return {}
     series: dict[str, list] = {}
-    for name in ("loss", "valid_loss", "reward"):
+    for name in ("loss", "valid_loss", "reward", "accuracy"):
         points = [[n, float(f"{found[n][name]:.5g}")] for n in sorted(found) if found[n].get(name) is not None]
         step = -(-len(points) // POINTS)
         if points:

@@ -1,4 +1,4 @@
-"""GRPO with TRL, without a GPU: python -m nemoflow.engines.trl.train REQUEST.json
+"""GRPO, DAPO, DPO and reward models with TRL, without a GPU: python -m nemoflow.engines.trl.train REQUEST.json
 
 Trains from the newest complete checkpoint, or from the model, up to the step asked for. What stands in the request:
 see `Request`. The last line on standard error says what went wrong, when it is something a person can mend.
@@ -18,7 +18,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from nemoflow.engines.trl import REFUSED, checkpoints, rewards
+from nemoflow.engines.trl import REFUSED, SECTIONS, SET, checkpoints, pairs, rollouts
 from nemoflow.errors import NemoflowError
 
 # Before torch is imported. PASSIVE: threads that wait sleep, or a busy machine is several times slower.
@@ -48,20 +48,23 @@ with chunks of 16 takes half the time of one with 32, and with 8 no less than wi
 class Request:
     """What the driver asks for.
 
-    model: directory of an HF export. prompts: directory with train.jsonl, rows in NeMo-Gym's layout. overrides:
-    grpo.NAME -> value, NAME a field of GRPOConfig. horizon: steps of the learning-rate schedule. stop: step to leave
+    model: directory of an HF export. prompts, preferences: directory with train.jsonl, rows in NeMo-Gym's layout or
+    pairs of answers. environments: agent -> what judges its rows (nemoflow/environments/judge.py). overrides:
+    SECTION.NAME -> value, see SECTIONS. horizon: steps of the learning-rate schedule. stop: step to leave
     after. wanted, wanted_directory: steps whose states are kept, and where files named after steps ask for more.
     save_interval: steps between checkpoints. checkpoints: directory. metrics: file of one JSON line per step. config:
     file with the resolved settings.
     """
 
     model: Path
-    prompts: Path
     horizon: int
     stop: int
     checkpoints: Path
     metrics: Path
     config: Path
+    prompts: Path | None = None
+    preferences: Path | None = None
+    environments: dict = dataclasses.field(default_factory=dict)
     overrides: dict = dataclasses.field(default_factory=dict)
     wanted: list[int] = dataclasses.field(default_factory=list)
     wanted_directory: Path | None = None
@@ -72,7 +75,7 @@ class Request:
     def read(cls, file: Path) -> "Request":
         """The request in a JSON file; keys of other engines are ignored."""
         data = json.loads(file.read_text(encoding="utf-8"))
-        paths = {"model", "prompts", "checkpoints", "metrics", "config", "wanted_directory"}
+        paths = {"model", "prompts", "preferences", "checkpoints", "metrics", "config", "wanted_directory"}
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{k: Path(v) if k in paths and v else v for k, v in data.items() if k in known})
 
@@ -85,30 +88,6 @@ class Request:
             or step == self.stop
             or (self.save_interval is not None and step % self.save_interval == 0)
         )
-
-
-def rows(prompts: Path) -> list[dict]:
-    """The rows to train on. Raises NemoflowError naming file and line for one that cannot be trained on here."""
-    file = prompts / "train.jsonl"
-    if not file.is_file():
-        raise NemoflowError(f"{file}: is missing; the prompts of an rl stage are expected there")
-    found = []
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-                messages = row["responses_create_params"]["input"]
-                plain = all(set(m) <= {"role", "content", "type"} and isinstance(m["content"], str) for m in messages)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise NemoflowError(f"{where}: no row in NeMo-Gym's layout: {error!r}") from None
-            if not plain or row["responses_create_params"].get("tools"):
-                raise NemoflowError(f"{where}: only messages of plain text are supported here, without tools")
-            rewards.check(row, where)
-            found.append(row)
-    if not found:
-        raise NemoflowError(f"{file}: has no rows; there is nothing to train on")
-    return found
 
 
 def order(count: int, seed: int, needed: int) -> list[int]:
@@ -124,17 +103,22 @@ def order(count: int, seed: int, needed: int) -> list[int]:
 
 
 def settings(request: Request) -> Any:
-    """The GRPOConfig of a request. Raises NemoflowError for an override that is unknown, refused or of a wrong type."""
-    from trl import GRPOConfig
+    """TRL's configuration for a request. Raises NemoflowError for an override that is unknown, refused or ill-typed."""
+    import trl
 
-    types = typing.get_type_hints(GRPOConfig)
-    known = {f.name for f in dataclasses.fields(GRPOConfig) if f.init}
+    main = SECTIONS[request.algorithm][0]
+    kind = {"grpo": trl.GRPOConfig, "dpo": trl.DPOConfig, "rm": trl.RewardConfig}[main]
+    types = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
     given = {}
     for key, value in request.overrides.items():
         section, _, name = key.partition(".")
-        if section != "grpo" or name not in known:
+        if key == "dapo.overlong_cache":
+            _typed(key, value, int)
+            continue
+        if section != main or name not in known:
             close = difflib.get_close_matches(name or section, sorted(known), 1, cutoff=0.5)
-            hint = f"; did you mean grpo.{close[0]}?" if close else "; write grpo.NAME, NAME a field of GRPOConfig"
+            hint = f"; did you mean {main}.{close[0]}?" if close else f"; write {main}.NAME, a field of {kind.__name__}"
             raise NemoflowError(f"overrides: {key}: there is no such setting{hint}")
         if key in REFUSED:
             raise NemoflowError(f"overrides: {key}: a recipe cannot set this: {REFUSED[key]}")
@@ -149,12 +133,16 @@ def settings(request: Request) -> Any:
         "report_to": [],
         "logging_steps": 1,
         "save_strategy": "no",  # the callback below says when
-        "shuffle_dataset": False,  # the rows come in their order
         "disable_tqdm": True,
     }
-    defaults = {"gradient_checkpointing": False, "max_completion_length": 64}
+    defaults: dict[str, Any] = {"gradient_checkpointing": False}
+    if main == "grpo":
+        defaults["max_completion_length"] = 64
+        fixed["shuffle_dataset"] = False  # the rows come in their order
+    else:
+        fixed["train_sampling_strategy"] = "sequential"  # likewise
     try:
-        return GRPOConfig(**defaults | given | fixed)
+        return kind(**defaults | SET[request.algorithm] | given | fixed)
     except (ValueError, TypeError) as error:
         raise NemoflowError(f"overrides: {error}") from None
 
@@ -204,16 +192,18 @@ def keep_memory() -> None:
 
 
 def trainer(request: Request, start: Path | None) -> Any:
-    """The GRPOTrainer of a request, on the model of checkpoint `start` or else on the one the stage starts from."""
+    """TRL's trainer of a request, on the model of checkpoint `start` or else on the one the stage starts from."""
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOTrainer
+    import trl
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     config = settings(request)
     check_resolved(request.config, config)
 
-    class Trainer(GRPOTrainer):
+    main = SECTIONS[request.algorithm][0]
+    base = {"grpo": trl.GRPOTrainer, "dpo": trl.DPOTrainer, "rm": trl.RewardTrainer}[main]
+
+    class Trainer(base):
         def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
             """Nothing: the model was made from the checkpoint. The inherited method would match tensors by their
             published names, of which the model in memory has few, and go on with what it had."""
@@ -236,65 +226,43 @@ def trainer(request: Request, start: Path | None) -> Any:
 
         def on_log(self, args, state, control, logs, **_):  # noqa: ARG002
             if "loss" in logs:
-                write_metrics(metrics, state.global_step, logs, self.seconds, args.generation_batch_size)
+                write_metrics(metrics, state.global_step, logs, self.seconds, made.measured(logs))
             state.log_history.clear()  # it goes into every checkpoint, seconds and all
 
         def on_save(self, args, state, control, **_):  # noqa: ARG002
-            made = request.checkpoints / f"{checkpoints.PREFIX}{state.global_step}"
-            (made / "training_args.bin").unlink()  # holds paths; the settings are in `config`
-            checkpoints.mark(made)
+            saved = request.checkpoints / f"{checkpoints.PREFIX}{state.global_step}"
+            (saved / "training_args.bin").unlink()  # holds paths; the settings are in `config`
+            checkpoints.mark(saved)
             control.should_training_stop = state.global_step >= request.stop
             return control
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(request.model, padding_side="left", local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            start or request.model, dtype=torch.float32, use_mamba_kernels=False, local_files_only=True
-        )
+        loaded = {"dtype": torch.float32, "use_mamba_kernels": False, "local_files_only": True}
+        extra: dict[str, Any] = {}
+        if main == "rm":
+            known = AutoConfig.from_pretrained(request.model, local_files_only=True)
+            torch.manual_seed(config.seed)  # for the score, which no checkpoint before has
+            model = pairs.sequence_classifier(known).from_pretrained(start or request.model, num_labels=1, **loaded)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(start or request.model, **loaded)
+        if main == "dpo":
+            extra["ref_model"] = AutoModelForCausalLM.from_pretrained(request.model, **loaded)
     except (OSError, ValueError) as error:
         raise NemoflowError(f"{start or request.model}: no model that can be loaded: {error}") from None
     model.config._name_or_path = str(request.model)  # where TRL takes the reference model of the KL term from
-    found = rows(request.prompts)
-    groups = config.generation_batch_size // config.num_generations
-    generations = -(-request.horizon * config.gradient_accumulation_steps // config.steps_per_generation)
-    generations = -(-generations // config.num_iterations)
-    data = Dataset.from_list(
-        [
-            {"prompt": [_message(m) for m in row["responses_create_params"]["input"]], "row": json.dumps(row)}
-            for row in (found[i] for i in order(len(found), config.seed, groups * generations))
-        ]
-    )
     metrics = request.metrics.open("a", encoding="utf-8")
-    made = Trainer(
-        model=model,
-        reward_funcs=_reward,
-        args=config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        callbacks=[Follow()],
-    )
-    for policy in (made.model, made.ref_model):
+    make = rollouts.make if main == "grpo" else pairs.make
+    made = make(Trainer, request, config, order, model=model, processing_class=tokenizer, callbacks=[Follow()], **extra)
+    for policy in (made.model, getattr(made, "ref_model", None)):
         for module in policy.modules() if policy is not None else ():
             if hasattr(module, "chunk_size"):
                 module.chunk_size = min(module.chunk_size, _CHUNK)
     return made
 
 
-def _message(message: dict) -> dict:
-    return {"role": message["role"], "content": message["content"]}
-
-
-def _reward(completions: list, row: list[str], **_: Any) -> list[float]:
-    """The reward of each sampled completion, a list of one message; `row` holds the rows as JSON."""
-    pairs = zip(completions, row, strict=True)
-    return [rewards.reward(completion[0]["content"], json.loads(text)) for completion, text in pairs]
-
-
-def write_metrics(file: typing.TextIO, step: int, logs: dict, seconds: float, samples: int) -> None:
-    """Append one line for a step. Rewards are those of the samples of that step; `kl` is null without a KL term.
-
-    A step that reuses samples (num_iterations, steps_per_generation) has no rewards of its own.
-    """
+def write_metrics(file: typing.TextIO, step: int, logs: dict, seconds: float, measured: dict) -> None:
+    """Append one line for a step. `kl` is null without a KL term; `measured` is what the algorithm adds."""
     entry = {
         "iteration": step,
         "loss": logs["loss"],
@@ -304,13 +272,7 @@ def write_metrics(file: typing.TextIO, step: int, logs: dict, seconds: float, sa
         "lr": logs["learning_rate"],
         "seconds": round(seconds, 4),
     }
-    if "reward" in logs:
-        entry |= {
-            "reward": logs["reward"],
-            "reward_std": logs["reward_std"],
-            "completion_tokens": round(logs["completions/mean_length"] * samples),
-        }
-    file.write(json.dumps(entry) + "\n")
+    file.write(json.dumps(entry | measured) + "\n")
     file.flush()
 
 
@@ -319,8 +281,8 @@ def train(request: Request) -> None:
 
     Raises NemoflowError for settings, prompts or a model that cannot be used.
     """
-    if request.algorithm != "grpo":
-        raise NemoflowError(f"algorithm: {request.algorithm!r} is not one of this engine: grpo")
+    if request.algorithm not in SECTIONS:
+        raise NemoflowError(f"algorithm: {request.algorithm!r} is not one of this engine: {', '.join(SECTIONS)}")
     if request.stop > request.horizon:
         raise NemoflowError(f"until: {request.stop} is past the horizon of the schedule, {request.horizon}")
     request.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -331,7 +293,10 @@ def train(request: Request) -> None:
         return
     start = complete.get(reached)
     made = trainer(request, start)
-    made.train(resume_from_checkpoint=str(start) if start else None)
+    try:
+        made.train(resume_from_checkpoint=str(start) if start else None)
+    finally:
+        made.close()
 
 
 def main(file: Path) -> None:
