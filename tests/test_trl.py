@@ -380,6 +380,7 @@ def pairs_request(home: Path, model: Path, algorithm: str, **changes) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dpo", "rm"])
 def test_preferences_are_learned_and_go_on_after_a_kill(model, tmp_path, algorithm):
     """Killed at 7 and run again: the digits of a run in one go, and in the end nearly all pairs are told apart."""
