@@ -112,7 +112,7 @@ def test_what_jobs_ask_slurm_for(tmp_path):
     # The plugin's MPI form takes no single task per node
     assert found["sft of nano3-tiny"]["tasks_per_node"] == 2
     assert found["sft of nano3-tiny"]["gres"] == "gpu:h100:1"
-    export = found["hf_export of nano3-tiny@rl"]
+    export = found["hf_export of nano3-tiny@dpo"]
     assert (export["slurm_partition"], export["mpi"], export["nodes"]) == ("cpu", "srun", 1)
     assert "gres" not in export
     assert found["data of nano3-tiny@phase1"]["mem_mb"] == 8000

@@ -120,8 +120,12 @@ def test_pretraining_learns(demo):
 def test_sft_and_rl_learn(demo):
     sft = demo.sealed("sft/nano3-tiny")["measures"]
     assert sft["valid_loss"] < sft["valid_loss_first"]
-    rl = demo.sealed("rl/nano3-tiny")["measures"]
-    assert rl["reward"] > rl["reward_first"] + 0.1
+    rlvr = demo.sealed("rl/nano3-tiny@rlvr")["measures"]
+    assert rlvr["reward"] > rlvr["reward_first"] + 0.1
+    assert len(rlvr["rewards"]) == 3
+    assert "skipped" not in rlvr
+    dpo = demo.sealed("rl/nano3-tiny@dpo")["measures"]
+    assert dpo["accuracy"] > 0.6 > dpo["accuracy_first"]
 
 
 def test_two_phases_read_different_blends(demo):
@@ -145,7 +149,7 @@ def test_the_export_is_evaluated_on_its_sums(demo):
     assert sums["samples"] == 36
     assert sums["metrics"]["exact_match"]["value"] > 0.35  # one answer to all would be right in a sixth
     shown = run(demo.path, "nemoflow", "show", "eval/nano3-tiny")
-    assert re.search(r"eval sums of nano3-tiny@rl +exact_match 0\.\d{3} ± 0\.\d{3} of 36", shown)
+    assert re.search(r"eval sums of nano3-tiny@dpo +exact_match 0\.\d{3} ± 0\.\d{3} of 36", shown)
 
 
 def test_nothing_to_do_is_quick_and_says_so(demo):
@@ -163,8 +167,10 @@ def test_a_changed_sft_plans_sft_and_what_follows(demo):
         assert demo.planned("hf_export/nano3-tiny") == [
             "sft of nano3-tiny to 90",
             "hf_export of nano3-tiny@sft",
-            "rl of nano3-tiny to 50",
-            "hf_export of nano3-tiny@rl",
+            "rl rlvr of nano3-tiny to 40",
+            "hf_export of nano3-tiny@rlvr",
+            "rl dpo of nano3-tiny to 20",
+            "hf_export of nano3-tiny@dpo",
         ]
     finally:
         recipe.write_text(before)
@@ -177,7 +183,12 @@ def test_a_recipe_that_differs_in_rl_shares_the_rest(demo):
     assert demo.planned("hf_export/copy") == []
     mine = re.search(r"```yaml\n# config/recipes/mine.yaml\n(.*?)```", (demo.path / "README.md").read_text(), re.S)[1]
     (demo.path / "config/recipes/mine.yaml").write_text(mine)
-    assert demo.planned("hf_export/mine") == ["rl of mine to 50", "hf_export of mine@rl"]
+    assert demo.planned("hf_export/mine") == [
+        "rl rlvr of mine to 40",
+        "hf_export of mine@rlvr",
+        "rl dpo of mine to 20",
+        "hf_export of mine@dpo",
+    ]
 
 
 def test_a_copy_elsewhere_plans_nothing(demo, tmp_path):
@@ -217,16 +228,22 @@ def test_the_readme_s_graph_is_today_s(demo):
 
 
 @pytest.fixture(scope="module")
-def seeds(demo) -> list[dict]:
-    """Measures of the RL stage under three more seeds."""
+def seeds(demo) -> list[tuple[dict, dict]]:
+    """Measures of the RL stages under three more seeds."""
     found = []
     for seed in (1, 2, 3):
-        text = f"extends: nano3-tiny\nstages:\n  - name: rl\n    overrides: {{grpo.seed: {seed}}}\n"
-        (demo.path / f"config/recipes/seed{seed}.yaml").write_text(text)
-        found.append(demo.sealed(f"rl/seed{seed}")["measures"])
+        rlvr = f"  - name: rlvr\n    overrides: {{grpo.seed: {seed}}}\n"
+        dpo = f"  - name: dpo\n    overrides: {{dpo.seed: {seed}}}\n"
+        (demo.path / f"config/recipes/seed{seed}.yaml").write_text(f"extends: nano3-tiny\nstages:\n{rlvr}{dpo}")
+        found.append(tuple(demo.sealed(f"rl/seed{seed}@{stage}")["measures"] for stage in ("rlvr", "dpo")))
         print(seed, found[-1])
     return found
 
 
 def test_rl_learns_over_three_seeds(seeds):
-    assert [m for m in seeds if m["reward"] <= m["reward_first"] + 0.1] == []
+    """The mean reward in each of the three, every environment's over them all; and preferences in each."""
+    assert [m for m, _ in seeds if m["reward"] <= m["reward_first"] + 0.05] == []
+    for agent in seeds[0][0]["rewards"]:
+        gained = [m["rewards"][agent] - m["rewards_first"][agent] for m, _ in seeds]
+        assert sum(gained) > 0, (agent, gained)
+    assert [m for _, m in seeds if m["accuracy"] <= 0.6] == []

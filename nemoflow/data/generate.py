@@ -130,7 +130,7 @@ def comparison_rl(seed: int, *, count: int = 100, max_operand: int = 9) -> Itera
 def object_chats(seed: int, *, count: int = 2000, max_value: int = 9) -> Iterator[dict]:
     """`count` chats that ask for a JSON object with one key and a number from 0 to `max_value`, and answer with it."""
     for key, value in _objects(seed, count, max_value):
-        yield _chat(_OBJECT.format(key=key, value=value), json.dumps({key: value}))
+        yield _chat(_OBJECT.format(key=key, value=value), json.dumps({key: value}, separators=(",", ":")))
 
 
 def object_rl(seed: int, *, count: int = 30, max_value: int = 9) -> Iterator[dict]:

@@ -37,6 +37,11 @@ def build(root: Path) -> dict[str, Path]:
             "stdlib_chats": {},
             "arithmetic_chats": {"count": 300},
             "arithmetic_rl": {},
+            "arithmetic_preferences": {},
+            "comparison_chats": {},
+            "comparison_rl": {},
+            "object_chats": {},
+            "object_rl": {},
         }.items()
     }
     texts = [made["stdlib_topics"], made["stdlib_docstrings"]]

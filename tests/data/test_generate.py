@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from nemoflow.data import generate
+from nemoflow.data.verifiers import check_row
+from nemoflow.environments.verifiers import mcqa, structured_outputs
 from nemoflow.errors import NemoflowError
 
 
@@ -31,6 +33,11 @@ def test_released_arguments_and_defaults():
         "stdlib_chats": {"max_chars": 300},
         "arithmetic_chats": {"count": 2000, "max_operand": 9},
         "arithmetic_rl": {"count": 100, "max_operand": 9},
+        "arithmetic_preferences": {"count": 100, "max_operand": 9},
+        "comparison_chats": {"count": 2000, "max_operand": 9},
+        "comparison_rl": {"count": 100, "max_operand": 9},
+        "object_chats": {"count": 2000, "max_value": 9},
+        "object_rl": {"count": 30, "max_value": 9},
     }
 
 
@@ -140,3 +147,27 @@ def test_optimised_away_docstrings_are_found_all_the_same(made):
     code = "from nemoflow.data.generate import stdlib_docstrings as f; print(sum(len(row['text']) for row in f(0)))"
     done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == sum(len(row["text"]) for row in rows(made["stdlib_docstrings"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "verify", "count"), [("comparison", mcqa.verify, 90), ("object", structured_outputs.verify, 30)]
+)
+def test_what_chats_teach_is_what_the_verifiers_of_the_rl_rows_want(made, kind, verify, count):
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows(made[f"{kind}_chats"])}
+    found = rows(made[f"{kind}_rl"])
+    assert len(answers) == count
+    assert {row["responses_create_params"]["input"][0]["content"] for row in found} == set(answers)
+    for row in found:
+        check_row(row)
+        right = answers[row["responses_create_params"]["input"][0]["content"]]
+        assert verify(right, row) == 1
+        assert {verify(answer, row) for answer in answers.values() if answer != right} == {0}
+
+
+def test_preferred_sums_are_right_and_rejected_ones_are_not(made):
+    found = rows(made["arithmetic_preferences"])
+    for row in found:
+        a, b = map(int, re.findall(r"\d+", row["prompt"]))
+        assert row["chosen"] == str(a + b) != row["rejected"]
+        assert 0 <= int(row["rejected"]) <= 18
+    assert len({row["rejected"] for row in found}) > 10
