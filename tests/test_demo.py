@@ -147,7 +147,7 @@ def test_the_export_is_evaluated_on_its_sums(demo):
     print(f"\neval/nano3-tiny: {time.monotonic() - begun:.0f} s")
     sums = json.loads((demo.path / "eval/nano3-tiny/sums/sealed.json").read_text())["measures"]
     assert sums["samples"] == 36
-    assert sums["metrics"]["exact_match"]["value"] > 0.35  # one answer to all would be right in a sixth
+    assert sums["metrics"]["exact_match"]["value"] > 0.25  # one answer to all would be right in a sixth
     shown = run(demo.path, "nemoflow", "show", "eval/nano3-tiny")
     assert re.search(r"eval sums of nano3-tiny@dpo +exact_match 0\.\d{3} ± 0\.\d{3} of 36", shown)
 
