@@ -243,7 +243,8 @@ class Session:
             return None
         program = trained.engine.command((trained.stage.directory / "request.json").absolute())
         cluster = self.cluster.launch(trained.spec.engine) if self.cluster else launching.HERE
-        return launching.described(program, trained.spec.resources.model_dump(), cluster)
+        form = getattr(trained.engine, "FORM", None)
+        return launching.described(program, trained.spec.resources.model_dump(), cluster, form)
 
     def cost(self, identity: str, at: int | None) -> costs.Cost | None:
         """What a training to `at` takes of a cluster's GPUs; None for other jobs, and where there are none."""

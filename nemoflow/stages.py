@@ -386,6 +386,7 @@ class Recipe:
             spec.kind,
             spec.data.pack_size if isinstance(spec, grammar.Sft) else None,
             self._parents(spec),
+            **({"payload": trained.stage.payload} if isinstance(spec, grammar.Rl) else {}),
         )
         return ("" if one else layout), problems
 

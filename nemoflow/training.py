@@ -171,6 +171,10 @@ class Trajectory:
         for role in ("model", "teacher"):
             if export := self.job.input(role):
                 request[role] = str(export.resolve())
+        if model := payload.get("init", {}).get("export"):
+            of = self.stage.store.load(model).payload["of"]
+            state = self.stage.store.load(of["trajectory"]).state(of.get("at"))
+            request["model_checkpoint"] = str((state / "checkpoint").resolve())
         return request
 
     def seal(self) -> None:
@@ -239,8 +243,13 @@ class Trajectory:
         write(request, dump(asked))
         span = f"iteration {reached} of {at}"
         job.say(f"{'resumes at ' if complete else 'starts at '}{span}; log {job.log}")
+        form = getattr(self.engine, "FORM", None)
         started = launch.launch(
-            self.engine.command(request.resolve()), asked["resources"], job.launch.get("cluster", launch.HERE)
+            self.engine.command(request.resolve()),
+            asked["resources"],
+            job.launch.get("cluster", launch.HERE),
+            form,
+            self.directory / form if form else None,
         )
         code = self._run(started, reached)
         if at in self.engine.states(self.checkpoints):

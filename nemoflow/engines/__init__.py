@@ -7,6 +7,7 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     CARRIES: tuple[str, ...]                 what an `init` can take over: weights, weights+optimizer, all
     ONE_PROCESS: bool                        optional: whether it cannot train as several processes
     NOT_EXPORTED: tuple[str, ...]            optional: algorithms of kind `rl` whose models are not exported
+    FORM: str                                optional: how its program is launched, "ray" (nemoflow/launch)
     REFUSED: dict[str, str]                  override -> why a recipe may not set it
     def check(overrides, where)              raise NemoflowError for overrides it refuses or does not know
     def outside(key) -> bool                 whether an override leaves the result unchanged, and so the identity too
@@ -17,7 +18,8 @@ imported by the main process and must stay light: no torch, no Megatron; those b
     def index_command(request: Path) -> list[str]   the program that makes this order (nemoflow/data/index.py)
     def padding(overrides) -> int            what lengths of packed sequences must be multiples of (kind `sft`)
     def geometry(function, overrides, resources, hf_config, kind, pack_size) -> tuple[str, list[str]]
-                                             the layout over the GPUs in a line, and what is impossible about it
+                                             the layout over the GPUs in a line, and what is impossible about it;
+                                             for kind `rl` also the payload
     def check_algorithm(algorithm, overrides, where)   raise NemoflowError for an algorithm it does not train, or for
                                              overrides of another one (kind `rl`)
     def environments(found, where) -> dict   what a stage freezes of its environments (nemoflow/environments), by

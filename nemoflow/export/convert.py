@@ -2,7 +2,8 @@
 
 Writes config.json and the safetensors files into OUT. A process of its own, because it imports torch, transformers
 and, for the engine megatron_bridge, Megatron behind the device shim. ENGINE says what CHECKPOINT is: `megatron_bridge`
-an iter_* directory with its run_config.yaml, `trl` a directory that transformers saved. Where CHECKPOINT holds adapters
+an iter_* directory with its run_config.yaml, `trl` a directory that transformers saved, `nemo_rl` a step_*
+directory, whose policy is one or the other. Where CHECKPOINT holds adapters
 alone, BASE is that of the model beneath them; the model is written merged, and the adapters into OUT/adapter.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoflow.conversion import load, said
+from nemoflow.engines.nemo_rl.checkpoints import MEGATRON
 from nemoflow.errors import NemoflowError
 from nemoflow.export import adapter, layout
 from nemoflow.export import config as spelling
@@ -259,6 +261,21 @@ def shapes(config: Any) -> layout.Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
+def policy(step: Path) -> tuple[str, Path]:
+    """What the policy of a step of NeMo-RL is: a checkpoint of ("megatron_bridge", directory), or one that transformers
+    reads, ("trl", directory). Raises NemoflowError for neither.
+    """
+    if (step / MEGATRON).is_dir():
+        return "megatron_bridge", step / MEGATRON
+    found = [file.parent for file in sorted((step / "policy" / "weights").rglob("config.json"))]
+    if len(found) == 1 and any(found[0].glob("*.safetensors")):
+        return "trl", found[0]
+    raise NemoflowError(
+        f"{step}: holds neither {MEGATRON} nor a whole checkpoint in safetensors; with the DTensor backend write "
+        "checkpointing.model_save_format: safetensors and checkpointing.save_consolidated: true"
+    )
+
+
 def main(engine: str, checkpoint: Path, about: dict, dtype: str, out: Path, base: Path | None = None) -> None:
     """Convert a checkpoint; see the module.
 
@@ -266,6 +283,8 @@ def main(engine: str, checkpoint: Path, about: dict, dtype: str, out: Path, base
     described by}.
     """
     tokens, described = about["tokens"], about["hf_config"]
+    if engine == "nemo_rl":
+        engine, checkpoint = policy(checkpoint)
     if engine == "trl":
         write(*from_transformers(checkpoint), dtype, out)
         return

@@ -51,7 +51,7 @@ def launch(
     With the device shim processes need no GPUs. Raises NemoflowError for more nodes or GPUs than this machine has.
     """
     if cluster["launcher"] == "here":
-        return Launch(_here(program, resources), {})
+        return Launch(_here(program, resources, form), {})
     job = slurm.here()
     if job is None:
         raise NemoflowError(
@@ -83,7 +83,7 @@ def once(program: list[str], cluster: dict = HERE) -> Launch:
 def described(program: list[str], resources: dict, cluster: dict = HERE, form: str | None = None) -> str:
     """The command line that `launch` would give in a job with these resources; for people, before anything runs."""
     if cluster["launcher"] == "here":
-        return shlex.join(_torchrun(program, resources))
+        return shlex.join(program if form == "ray" else _torchrun(program, resources))
     if resources["nodes"] * resources["gpus_per_node"] == 1 and form != "ray":
         return str(once(program, cluster))
     return shlex.join(_srun(program, resources, cluster, form or cluster["processes"]))
@@ -92,7 +92,7 @@ def described(program: list[str], resources: dict, cluster: dict = HERE, form: s
 # -- on this machine ------------------------------------------------------------------------------------------------
 
 
-def _here(program: list[str], resources: dict) -> list[str]:
+def _here(program: list[str], resources: dict, form: str | None) -> list[str]:
     nodes, processes = resources["nodes"], resources["gpus_per_node"]
     if nodes > 1:
         raise NemoflowError(
@@ -101,7 +101,7 @@ def _here(program: list[str], resources: dict) -> list[str]:
         )
     if not cpu.needed() and processes > (there := _gpus()):
         raise NemoflowError(f"resources.gpus_per_node: {processes}: this machine has {there}")
-    return _torchrun(program, resources)
+    return program if form == "ray" else _torchrun(program, resources)  # Ray starts processes by itself
 
 
 def _torchrun(program: list[str], resources: dict) -> list[str]:
