@@ -405,6 +405,8 @@ class Session:
 
 def _engine(stage: Stage) -> str | None:
     """The engine whose programs a stage's job launches; None for jobs that make data by themselves."""
+    if stage.kind == "hf_export" and stage.payload["engine"] == "nemo_rl":
+        return "megatron_bridge"  # it converts, and NeMo-RL's image has it for its workers alone
     return "lm_eval" if stage.kind == "eval" else stage.payload.get("engine")
 
 

@@ -22,6 +22,15 @@ config = plain(load(Path(sys.argv[sys.argv.index("--config") + 1])))
 section = config[next(s for s in ("grpo", "dpo", "rm", "distillation") if s in config)]
 saving, steer = config["checkpointing"], json.loads(os.environ.get("STANDIN", "{}"))
 place = Path(saving["checkpoint_dir"])
+if nodes := steer.get("nodes"):
+    # What NeMo-RL's scripts do first: attach, count the GPUs, place a group with a bundle on every node
+    import ray
+
+    each = config["cluster"]["gpus_per_node"]
+    ray.init(address="auto", log_to_driver=False)
+    group = ray.util.placement_group([{"CPU": 1, "GPU": each}] * nodes, strategy="STRICT_SPREAD")
+    ray.get(group.ready(), timeout=60)
+    print("stand-in:", int(ray.cluster_resources()["GPU"]), "GPUs on", nodes, "nodes", flush=True)
 number = lambda p: int(p.name.removeprefix("step_"))
 step = max(map(number, place.glob("step_*")), default=0)
 print("stand-in: from", step, "to", section["max_num_steps"], flush=True)

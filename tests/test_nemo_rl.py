@@ -23,11 +23,14 @@ from nemoflow.engines.nemo_rl import checkpoints, keys, loader, metrics, overlay
 from nemoflow.engines.nemo_rl import train as program
 from nemoflow.environments import Environment
 from nemoflow.errors import NemoflowError
+from nemoflow.stages import Recipe
+from nemoflow.store import Store
 
 CHECKOUTS = os.environ.get("NEMO_RL_CHECKOUTS")
 RELEASES = list(releases.RELEASES)
 ALL = [(release, algorithm) for release in RELEASES for algorithm in releases.RELEASES[release]]
 GYM = {"mcqa_simple_agent": {"gym": "resources_servers/mcqa/configs/mcqa.yaml"}}
+RECIPES = launch.CHECKOUT / "config/recipes"
 MEGATRON = {"policy.megatron_cfg.enabled": True, "policy.dtensor_cfg.enabled": False}
 
 
@@ -587,7 +590,57 @@ def test_every_example_resolves_as_nemo_rl_resolves_it():
     assert count > 40
 
 
+def test_the_table_of_the_documentation():
+    text = (launch.CHECKOUT / "docs/compatibility.md").read_text(encoding="utf-8")
+    assert "\n".join(survey.rows()) in text
+
+
 def test_nothing_of_it_needs_torch():
     code = "import sys, nemoflow.engines.nemo_rl.train; print({'torch', 'pydantic', 'ray'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# -- the recipe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nano3(tmp_path_factory) -> Recipe:
+    return Recipe("nano3-rl", [RECIPES], Store(tmp_path_factory.mktemp("store")), unlocked=True)
+
+
+def test_the_stages_of_nano3_are_laid_out(nano3: Recipe):
+    found = {name: nano3.geometry(nano3.stages[name]) for name in ("rlvr", "rlhf", "dpo")}
+    assert found == {
+        "rlvr": ("TP2 PP2 CP4 EP8 DP16, vLLM TP4", []),
+        "rlhf": ("TP2 PP2 CP4 EP8 DP16, vLLM TP4", []),
+        "dpo": ("TP2 CP4 EP8 DP8", []),
+    }
+
+
+def test_nano3_goes_from_stage_to_stage_by_exports(nano3: Recipe):
+    before = "sft"
+    for name in ("rlvr", "rlhf", "dpo"):
+        export = nano3.store.load(nano3.stages[name].stage.payload["init"]["export"])
+        assert export.payload["of"]["trajectory"] == nano3.stages[before].stage.identity
+        before = name
+    assert nano3.view("hf_export")[""].stage.payload["of"]["at"] == 150
+
+
+def test_an_image_or_a_layout_changes_no_identity(nano3: Recipe):
+    payload = nano3.stages["rlvr"].stage.payload
+    assert not [key for key in payload["overrides"] if "parallel" in key or key.startswith(("cluster", "nemo_rl"))]
+    assert payload["overrides"]["policy.megatron_cfg.optimizer.lr"] == 3e-6
+    assert len(payload["environments"]) == 6
+
+
+@pytest.mark.parametrize("name", ["rlvr", "rlhf", "dpo"])
+def test_what_nano3_gives_nemo_rl_is_what_it_takes(nano3: Recipe, name, tmp_path):
+    home, stage = checkout("v0.7.0"), nano3.stages[name]
+    payload = stage.stage.payload
+    request = request_of(tmp_path, payload["algorithm"], overrides=stage.overrides)
+    request["environments"] = payload.get("environments", {})
+    file = tmp_path / "overlay.yaml"
+    file.write_text(json.dumps(overlay.render(request, "v0.7.0", home, 6, 0.0)))
+    content = loader.flat(program.resolved(file, "v0.7.0", payload["algorithm"]))
+    assert {key: content[key] for key in stage.overrides} == stage.overrides

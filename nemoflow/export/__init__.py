@@ -43,10 +43,10 @@ def make(
 ) -> Made:
     """Write the checkpoint of a trained state into `out`: config.json, model.safetensors, tokenizer, README.md, ...
 
-    payload: {"engine": "megatron_bridge" | "trl" | "nemo_rl", "dtype": "float32" | "bfloat16"}. inputs: {"state": directory with a
-    link `checkpoint`, "tokenizer": directory}, and for a state of adapters "base": like "state", of the model beneath
-    them; then out/adapter holds them too (adapter.py). lineage: sealed records of all the state comes from, in order;
-    lineage.json holds them. attempts: those of run.json, by identity of the trainings, for the card.
+    payload: {"engine": "megatron_bridge" | "trl" | "nemo_rl", "dtype": "float32" | "bfloat16"}. inputs: {"state":
+    directory with a link `checkpoint`, "tokenizer": directory}, and for a state of adapters "base": like "state", of
+    the model beneath them; then out/adapter holds them too (adapter.py). lineage: sealed records of all the state comes
+    from, in order; lineage.json holds them. attempts: those of run.json, by identity of the trainings, for the card.
     launch: "cluster", where the conversion runs.
 
     Returns the measures {"parameters", "bytes" of the weight files, "dtype"}, and the contents, without the card.

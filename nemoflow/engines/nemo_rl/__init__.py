@@ -43,6 +43,7 @@ _STEPS = "write the stage's horizon and until"
 _PLACE = "checkpoints live in the trajectory's directory, and the workflow decides which are kept"
 _DATA = "write the stage's data"
 _MODEL = "write the stage's init"
+_CHOICE = "name the state that goes on, init: {from, at}; what validation measured stands in metrics.jsonl"
 _ADAPTERS = "adapters that NeMo-RL trains cannot be exported here"
 _NODES = "write the stage's resources"
 
@@ -52,15 +53,14 @@ REFUSED = {
     "checkpointing.checkpoint_dir": _PLACE,
     "checkpointing.checkpoint_must_save_by": "it follows from the end of the job",
     "checkpointing.enabled": _PLACE,
-    "checkpointing.higher_is_better": "name the state that goes on: init: {from, at}; all that validation measured stands in metrics.jsonl",
+    "checkpointing.higher_is_better": _CHOICE,
     "checkpointing.keep_top_k": "write the stage's keep, milestones and until",
-    "checkpointing.metric_name": "name the state that goes on: init: {from, at}; all that validation measured stands in metrics.jsonl",
+    "checkpointing.metric_name": _CHOICE,
     "checkpointing.pretrained_checkpoint.format": _MODEL,
     "checkpointing.pretrained_checkpoint.path": _MODEL,
     "checkpointing.save_optimizer": "a checkpoint without the optimizer cannot be resumed",
     "checkpointing.save_period": "write the stage's save_interval, which is not part of its identity",
     "cluster.gpus_per_node": _NODES,
-    "cluster.num_nodes": _NODES,
     "data.dataset_name": _DATA,
     "data.default.dataset_name": _DATA,
     "data.train.data_path": _DATA,

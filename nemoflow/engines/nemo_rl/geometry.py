@@ -35,7 +35,9 @@ def check(algorithm: str, below: dict, own: dict, resources: dict, gym: bool) ->
     """
     get = _Settings(below | own)
     problems: list[str] = []
-    nodes, each = resources["nodes"], resources["gpus_per_node"]
+    nodes, each = own.get("cluster.num_nodes", resources["nodes"]), resources["gpus_per_node"]
+    if nodes > resources["nodes"]:
+        problems.append(f"cluster.num_nodes: {nodes}: the stage has {resources['nodes']} nodes, see its resources")
     world, generating = nodes * each, 0
     samples = algorithm in ("grpo", "dapo", "distillation")
     colocated = get("policy.generation.colocated.enabled", True)

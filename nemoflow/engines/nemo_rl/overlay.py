@@ -70,7 +70,8 @@ def render(request: dict, release: str, home: Path, stop: int, now: float) -> di
     }
     _set(made, "logger.log_dir", str(Path(request["scratch"]) / "logs"))
     _set(made, "logger.tensorboard_enabled", True)
-    _set(made, "cluster.num_nodes", request["resources"]["nodes"])
+    # Fewer where some nodes are for a model that judges
+    _set(made, "cluster.num_nodes", given.get("cluster.num_nodes", request["resources"]["nodes"]))
     _set(made, "cluster.gpus_per_node", request["resources"]["gpus_per_node"])
     return {"defaults": str(home / example), **made}
 

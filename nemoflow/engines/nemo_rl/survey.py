@@ -177,6 +177,22 @@ def text(checkouts: dict[str, Path]) -> str:
     return json.dumps({r: survey(r, c) for r, c in sorted(checkouts.items())}, indent=1, sort_keys=True) + "\n"
 
 
+def rows() -> list[str]:
+    """The table of docs/compatibility.md, from keys.json."""
+    lines = ["| release | algorithm | judged by | script | over the example | settings | required |", "|" + "---|" * 7]
+    for release, entries in releases.RELEASES.items():
+        known = json.loads(TABLE.read_text(encoding="utf-8"))[release]
+        for algorithm, entry in entries.items():
+            count = sum(key.partition(".")[0] in known["sections"][algorithm] for key in known["keys"])
+            needed = len(known["required"][algorithm]) or "not checked"
+            pairs = entry.section in ("dpo", "rm")
+            for judge, pair in (("-" if pairs else "NeMo-RL's own", entry.own), ("NeMo-Gym", entry.gym)):
+                if pair:
+                    script, example = (f"`{path.removeprefix('examples/')}`" for path in pair)
+                    lines.append(f"| {release} | {algorithm} | {judge} | {script} | {example} | {count} | {needed} |")
+    return lines
+
+
 if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     TABLE.write_text(text({release: Path(path) for release, path in given.items()}), encoding="utf-8")
