@@ -78,6 +78,8 @@ def measures(found: dict[int, dict], start: int, at: int) -> dict:
         result["rewards"] = {agent: last for agent, (_, last) in each.items()}
     if skipped := [s["skipped"] for s in steps if "skipped" in s]:
         result["skipped"] = {agent: sum(s.get(agent, 0) for s in skipped) for agent in sorted(set().union(*skipped))}
+    if validation := [s["validation"] for s in steps if "validation" in s]:
+        result["validation"] = validation[-1]
     return result
 
 

@@ -7,6 +7,7 @@ of its own; those of a step that was trained again after a resume supersede the 
 import json
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 NAMES = {
@@ -79,6 +80,8 @@ def entry_of(step: int, values: dict[str, float]) -> dict | None:
         section, _, name = tag.partition("/")
         if tag in NAMES:
             entry[NAMES[tag]] = value
+        elif not math.isfinite(value):
+            continue  # of an environment without answers in this step
         elif section == "train" and name.endswith(_AGENT):
             rewards[name.removesuffix(_AGENT)] = value
         elif section == "validation":
@@ -113,3 +116,22 @@ def written(file: Path) -> list[dict]:
             entry = json.loads(line)
             found.setdefault(entry["iteration"], {}).update(entry)
     return [found[step] for step in sorted(found)]
+
+
+def best(entries: list[dict], steps: Collection[int]) -> int | None:
+    """Of these steps the one that validation liked best, the earliest of equals; None where none was validated.
+
+    By mean reward (val:accuracy, as NeMo-RL calls it) where answers are judged, else by the mean loss over the data sets.
+    """
+    scores: dict[int, float] = {}
+    for entry in entries:
+        found = entry.get("validation", {})
+        losses = [
+            v for k, v in found.items() if k.startswith("val:validation-") and k.endswith("_loss") and v is not None
+        ]
+        if found.get("val:accuracy") is not None:
+            scores[entry["iteration"]] = found["val:accuracy"]
+        elif losses:
+            scores[entry["iteration"]] = -sum(losses) / len(losses)
+    known = [step for step in sorted(steps) if step in scores]
+    return max(known, key=scores.__getitem__, default=None)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nemoflow.engines.nemo_rl import checkpoints, keys, outside, overlay, release_of, releases
 from nemoflow.engines.nemo_rl.loader import flat, load, plain
-from nemoflow.engines.nemo_rl.metrics import Follower, write, written
+from nemoflow.engines.nemo_rl.metrics import Follower, best, write, written
 from nemoflow.engines.nemo_rl.signs import signs
 from nemoflow.errors import UNFINISHED_PREFIX, NemoflowError
 
@@ -184,7 +184,10 @@ class Run:
                 raise NemoflowError(
                     f"step {entry['iteration']}: the loss is {entry['loss']}; what follows is of no use"
                 )
-        checkpoints.prune(self.checkpoints, self.request["keep"], wanted(self.request))
+        if entries:
+            kept = wanted(self.request)
+            liked = best(written(Path(self.request["metrics"])), checkpoints.states(self.checkpoints))
+            checkpoints.prune(self.checkpoints, self.request["keep"], kept if liked is None else kept | {liked})
 
 
 def _end(child: subprocess.Popen) -> None:
