@@ -125,11 +125,9 @@ def best(entries: list[dict], steps: Collection[int]) -> int | None:
     """
     scores: dict[int, float] = {}
     for entry in entries:
-        found = entry.get("validation", {})
-        losses = [
-            v for k, v in found.items() if k.startswith("val:validation-") and k.endswith("_loss") and v is not None
-        ]
-        if found.get("val:accuracy") is not None:
+        found = {k: v for k, v in entry.get("validation", {}).items() if v is not None}
+        losses = [v for k, v in found.items() if k.startswith("val:validation-") and k.endswith("_loss")]
+        if "val:accuracy" in found:
             scores[entry["iteration"]] = found["val:accuracy"]
         elif losses:
             scores[entry["iteration"]] = -sum(losses) / len(losses)
