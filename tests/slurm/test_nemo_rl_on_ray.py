@@ -61,6 +61,7 @@ def submit(slurm: Box, tmp_path: Path):  # noqa: ARG001 - it runs
         (tmp_path / "cluster.json").write_text(json.dumps(cluster | {"processes": "torchrun", "env": own}))
         command = f"PYTHONPATH={BASE} exec {sys.executable} {tmp_path}/job.py {tmp_path}"
         log = tmp_path / "job.log"
+        log.unlink(missing_ok=True)  # this Slurm appends
         done = subprocess.run(
             ["sbatch", "--wait", "-N2", "--ntasks-per-node=4", "--gres=gpu:h100:4", f"-o{log}", f"--wrap={command}"],
             capture_output=True,

@@ -121,7 +121,7 @@ def written(file: Path) -> list[dict]:
 def best(entries: list[dict], steps: Collection[int]) -> int | None:
     """Of these steps the one that validation liked best, the earliest of equals; None where none was validated.
 
-    By mean reward (val:accuracy, as NeMo-RL calls it) where answers are judged, else by the mean loss over the data sets.
+    By mean reward (val:accuracy, as NeMo-RL calls it) where answers are judged, else by mean loss over the data sets.
     """
     scores: dict[int, float] = {}
     for entry in entries:
