@@ -2,7 +2,7 @@
 #
 # Paths:
 #   {kind}/{recipe}[@{stage}][:{n}]                          a name: link to today's artifact
-#       kind: tokenizer, data, import, average, pretrain, sft, rl, hf_export, eval; seal: a state's digests; report
+#       kind: tokenizer, data, import, average, select, pretrain, sft, rl, hf_export, eval, report; seal: a state's digests
 #   <store>/{kind}/{label}-{id}/artifact.json                an artifact; complete when this file exists
 #   <store>/{kind}/{label}-{id}/at-{n}/artifact.json         state n of a training (kind: pretrain, sft, rl)
 #   <store>/{kind}/{label}-{id}/at-{n}/digests.json          digests of all files of that state

@@ -92,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
                     f"  source {source}: about {raw.tokens:,} tokens, {len(raw.plan):,} shards in {len(raw.jobs)} jobs"
                 )
         for stage, model in recipe.models.items():
-            print(f"  {stage}: {model.spec.kind} by {model.spec.engine}{_place(recipe, model.stage)}")
+            print(f"  {stage}: {model.spec.kind} by {model.stage.payload['engine']}{_place(recipe, model.stage)}")
         for trained, layout, _ in layouts:
             spec, span = trained.spec, f"iterations {trained.start + 1} to {trained.until} of {trained.horizon}"
             print(f"  {spec.name}: {spec.kind} by {spec.engine}, {span}{_place(recipe, trained.stage)}")

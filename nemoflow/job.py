@@ -266,7 +266,8 @@ def build(program: ModuleType) -> Callable[[Job], None]:
     """The work of a job of a flat kind: the program's `make` writes into a directory, which is taken over and sealed.
 
     make(payload, inputs, out, progress) returns the artifact's measures, or `Made`; `inputs` maps a role to a
-    directory, or to a list of them where the role is in the plural. It may have further parameters: `lineage`, the
+    directory, or to a list of them where the role is in the plural. It may have further parameters: `records`, the
+    sealed records of the inputs, role -> list; `lineage`, the
     sealed records of all ancestors, inputs before what consumes them; `attempts`, identity -> those of run.json, of all
     trained ancestors; `launch`, what stands outside the identity; `threads`, how many processors it may use.
 
@@ -289,6 +290,9 @@ def build(program: ModuleType) -> Callable[[Job], None]:
         offered = {
             "launch": lambda: job.launch,
             "threads": lambda: job.threads,
+            "records": lambda: {
+                role: [read_json(path / "sealed.json") for path in paths] for role, paths in job.inputs().items()
+            },
             "lineage": lambda: [
                 s.sealed(n) for s, n in stage.store.ancestors(stage.identity) if s.identity != stage.identity
             ],

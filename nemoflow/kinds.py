@@ -97,6 +97,11 @@ def _average(payload: dict, look: Callable) -> str:
     return f"{_state(payload['of'][0], look)}-and-{len(payload['of']) - 1}-more"
 
 
+def _select(payload: dict, look: Callable) -> str:
+    of = _state({"trajectory": payload["of"][0]["trajectory"]}, look)
+    return f"{payload['best']}-{slug(payload['metric'])}-{of}"
+
+
 def _state(of: dict, look: Callable) -> str:
     """A trajectory's state, or a flat model such as an import."""
     model = look(of["trajectory"])
@@ -146,6 +151,7 @@ KINDS: dict[str, Kind] = {
     "preferences": Kind(_rows, {"valid": "1/20", "fields": {}, "max_broken": "1/1000"}),
     "import": Kind(_import, {"version": 1}),
     "average": Kind(_average, {"version": 1}),
+    "select": Kind(_select, {"version": 1}),
     "pretrain": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0}),
     "sft": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "skip": 0}),
     "rl": Kind(_rl, {"version": 1, "overrides": {}, "environments": {}}),
@@ -210,7 +216,7 @@ def inputs(payload: dict) -> list[Ref]:
             return [*start, Ref("data", payload["data"]), Ref("tokenizer", payload["tokenizer"])]
         case "import":
             return [Ref("model", payload["model"]), Ref("tokenizer", payload["tokenizer"])]
-        case "average":
+        case "average" | "select":
             return [Ref("states", of["trajectory"], of.get("at")) for of in payload["of"]]
         case "hf_export":
             of = payload["of"]

@@ -407,6 +407,23 @@ class Average(_Named):
     of: States
 
 
+class Candidates(Model):
+    stage: Name
+    at: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2)] | None = None
+    """Iterations; these states are kept. By default the stage's milestones and its end."""
+
+
+class Select(_Named):
+    """The one of several states of a stage that goes on, by what they measured; chosen when they are there."""
+
+    kind: Literal["select"]
+    of: Candidates
+    metric: Annotated[str, Field(min_length=1)]
+    """A measure of the states, as `nemoflow show --json` names it: valid_loss, reward, validation.val:accuracy. A state
+    without it is an error."""
+    best: Literal["highest", "lowest"]
+
+
 class Training(_Named):
     """What all trained stages have."""
 
@@ -483,6 +500,7 @@ class Rl(Training):
 Stage = Annotated[
     Annotated[Import, Tag("<import>")]
     | Annotated[Average, Tag("<average>")]
+    | Annotated[Select, Tag("<select>")]
     | Annotated[Pretrain, Tag("<pretrain>")]
     | Annotated[Sft, Tag("<sft>")]
     | Annotated[Rl, Tag("<rl>")],
@@ -668,6 +686,7 @@ _MEMBERS = {  # the tags of the unions above
     "<local>": LocalTokenizer,
     "<import>": Import,
     "<average>": Average,
+    "<select>": Select,
     "<pretrain>": Pretrain,
     "<sft>": Sft,
     "<rl>": Rl,
@@ -679,7 +698,7 @@ _MEMBERS = {  # the tags of the unions above
 }
 
 
-KINDS = ("import", "average", "pretrain", "sft", "rl")
+KINDS = ("import", "average", "select", "pretrain", "sft", "rl")
 """Kinds of stage."""
 
 

@@ -30,7 +30,7 @@ PREFIX_TOKENS = 250_000_000_000
 """Tokens behind one prefix: Megatron numbers the documents of a prefix in 32 bits, and each prefix costs at every
 sample."""
 
-VIEWS = ("tokenizer", "data", "import", "average", "pretrain", "sft", "rl", "hf_export", "eval", "seal", "report")
+VIEWS = ("tokenizer", "data", "import", "average", "select", *kinds.TRAINED, "hf_export", "eval", "seal", "report")
 """Kinds of name: KIND/RECIPE[@STAGE][:N]."""
 
 EDITABLE = ("optimizer", "train")
@@ -76,9 +76,9 @@ class Raw:
 
 @dataclass
 class Model:
-    """A stage of a recipe that is not trained, resolved: an imported or averaged model."""
+    """A stage of a recipe that is not trained, resolved: an imported, averaged or selected model."""
 
-    spec: grammar.Import | grammar.Average
+    spec: grammar.Import | grammar.Average | grammar.Select
     engine: ModuleType
     stage: Stage
 
@@ -433,13 +433,16 @@ class Recipe:
         where = f"{self.file}: stages[{spec.name}]"
         if spec.name in chain:
             raise NemoflowError(f"{where}.init.from: a circle: {' -> '.join((*chain, spec.name))}")
-        driver = engine(spec.engine, f"{where}.engine")
 
         def other(key: str, name: str) -> Model | list[Trained]:
             if name not in specs:
                 raise NemoflowError(f"{where}.{key}: no stage {name!r}{_near(name, specs)}")
             return self._resolve(specs[name], specs, (*chain, spec.name))
 
+        if isinstance(spec, grammar.Select):
+            found = self.models[spec.name] = self._select(spec, other("of.stage", spec.of.stage), where)
+            return found
+        driver = engine(spec.engine, f"{where}.engine")
         match spec:
             case grammar.Import():
                 found = self.models[spec.name] = self._import(spec, driver)
@@ -468,16 +471,36 @@ class Recipe:
                 f"{where}.of.stage: {spec.of.stage} has no whole states of engine {spec.engine}; "
                 "name a pretrain stage, or an sft stage without adapters"
             )
-        states = []
-        for at in spec.of.at:
-            trained = _holder(of, at, f"{where}.of.at")
-            trained.wanted.add(at)
-            states.append({"trajectory": trained.stage.identity, "at": at})
-        return Model(
-            spec,
-            driver,
-            self.store.load(self._add("average", engine=spec.engine, of=states, version=spec.version)),
+        states = _states(of, spec.of.at, where)
+        identity = self._add("average", engine=spec.engine, of=states, version=spec.version)
+        return Model(spec, driver, self.store.load(identity))
+
+    def _select(self, spec: grammar.Select, of: Model | list[Trained], where: str) -> Model:
+        if isinstance(of, Model) or getattr(of[-1].spec, "peft", None):
+            raise NemoflowError(
+                f"{where}.of.stage: {spec.of.stage} has no whole states to choose from; name a stage that is trained, "
+                "without adapters"
+            )
+        trained = of[-1]
+        if getattr(trained.spec, "algorithm", None) in getattr(trained.engine, "NOT_EXPORTED", ()):
+            raise NemoflowError(
+                f"{where}.of.stage: {spec.of.stage} trains {trained.spec.algorithm}, from which nothing goes on here"
+            )
+        candidates = spec.of.at or [*trained.spec.milestones, trained.until]
+        if len(set(candidates)) < 2:
+            raise NemoflowError(
+                f"{where}.of.at: is missing, and {spec.of.stage} keeps no state but its last: write the iterations to "
+                "choose from, or the stage's milestones"
+            )
+        identity = self._add(
+            "select",
+            engine=trained.spec.engine,
+            of=_states(of, sorted(set(candidates)), where),
+            metric=spec.metric,
+            best=spec.best,
+            version=spec.version,
         )
+        return Model(spec, trained.engine, self.store.load(identity))
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -692,8 +715,8 @@ class Recipe:
             return 0, 0, None, {"export": self._export(holder, at), "carry": spec.init.carry}
         if holder.engine.STARTS_FROM == "export":
             raise NemoflowError(
-                f"{where}.init.from: {holder.spec.name} is trained by engine {holder.spec.engine}, whose checkpoints "
-                f"engine {spec.engine} cannot read"
+                f"{where}.init.from: {holder.spec.name} is of engine {holder.stage.payload['engine']}, whose "
+                f"checkpoints engine {spec.engine} cannot read"
             )
         if getattr(holder.spec, "peft", None):
             raise NemoflowError(
@@ -733,14 +756,14 @@ class Recipe:
         algorithm = getattr(model.spec, "algorithm", None)
         if algorithm in getattr(model.engine, "NOT_EXPORTED", ()):
             raise NemoflowError(
-                f"{self.file}: stages[{model.spec.name}]: engine {model.spec.engine} does not export what "
+                f"{self.file}: stages[{model.spec.name}]: engine {model.stage.payload['engine']} does not export what "
                 f"{algorithm} trains; its state is rl/{self.name}@{model.spec.name}"
             )
         init = model.stage.payload["init"] if getattr(model.spec, "peft", None) else None
         return self._add(
             "hf_export",
             base=init and {"trajectory": init["from"], **({"at": init["at"]} if "at" in init else {})},
-            engine=model.spec.engine,
+            engine=model.stage.payload["engine"],
             of={"trajectory": model.stage.identity, **({"at": at} if at else {})},
             tokenizer=self.tokenizer,
             dtype=self.spec.export.dtype,
@@ -842,7 +865,7 @@ class Recipe:
 
     def _meant(self, kind: str, stage: str | None, name: str) -> Model | list[Trained]:
         """The stage that a name means: the one it says, or the last of its kind."""
-        whole = ("import", "average", *kinds.TRAINED)
+        whole = ("import", "average", "select", *kinds.TRAINED)
         views = {"hf_export": whole, "eval": whole, "report": whole, "seal": kinds.TRAINED}.get(kind, (kind,))
         if stage:
             model = self.models.get(stage) or self.chains[stage]
@@ -870,6 +893,19 @@ class Recipe:
             found += [f"{kind}/{self.name}@{stage}" for stage in (*self.models, *self.stages)]
             found += [f"{kind}/{self.name}"]
         return found
+
+
+def _states(chain: list[Trained], iterations: list[int], where: str) -> list[dict]:
+    """References to these states of a stage, which are kept from now on.
+
+    Raises NemoflowError for one that the stage cannot have.
+    """
+    found = []
+    for at in iterations:
+        trained = _holder(chain, at, f"{where}.of.at")
+        trained.wanted.add(at)
+        found.append({"trajectory": trained.stage.identity, "at": at})
+    return found
 
 
 def _holder(chain: list[Trained], at: int, where: str) -> Trained:

@@ -19,6 +19,8 @@ def tokens(record: dict) -> int | None:
 def result(record: dict) -> str:
     """Loss or reward of a state, score of an evaluation, otherwise how much there is of what."""
     found = _measures(record)
+    if record.get("kind") == "select":
+        return f"iteration {found['at']}: {found['metric']} {found['values'][str(found['at'])]:.4g}"
     if "metrics" in found:
         metric, score = found["metric"], found["metrics"][found["metric"]]
         error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"

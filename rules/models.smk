@@ -1,4 +1,4 @@
-# Models that are not trained: imported or averaged. And digests of trained states, for who wants to check them later.
+# Models that are not trained: imported, averaged or selected. And digests of trained states, for who wants to check them later.
 
 
 rule hf_import:
@@ -29,6 +29,22 @@ rule average:
         "{resources.title}"
     shell:
         job("average")
+
+
+rule select_state:
+    input:
+        upstream,
+    output:
+        "<store>/select/{label}-{id}/artifact.json",
+    log:
+        "<logs>/select/{label}-{id}.log",
+    localrule: True
+    resources:
+        **DATA_JOB,
+    message:
+        "{resources.title}"
+    shell:
+        job("select_state")
 
 
 rule seal:

@@ -23,6 +23,7 @@ DEFAULTS = {
     "preferences": {"valid": "1/20", "fields": {}, "max_broken": "1/1000"},
     "import": {"version": 1},
     "average": {"version": 1},
+    "select": {"version": 1},
     "pretrain": {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0},
     "sft": {"version": 1, "overrides": {}, "arguments": {}, "skip": 0},
     "rl": {"version": 1, "overrides": {}, "environments": {}},

@@ -522,6 +522,48 @@ def test_impossible_averages_are_refused(settings, message):
     assert message in str(error.value)
 
 
+def selected(milestones=(4,), **settings) -> Recipe:
+    data = yaml.safe_load(MEGATRON)
+    data["stages"][0]["milestones"] = list(milestones)
+    pick = {"name": "pick", "kind": "select", "of": {"stage": "base"}, "metric": "valid_loss", "best": "lowest"}
+    data["stages"].insert(1, pick | settings)
+    data["stages"][2]["init"]["from"] = "pick"
+    return resolve(yaml.safe_dump(data))
+
+
+def test_a_selection_is_of_the_milestones_and_the_end_and_its_rule_is_identity():
+    recipe = selected()
+    base, pick = recipe.stages["base"], recipe.models["pick"].stage
+    of = [{"trajectory": base.stage.identity, "at": n} for n in (4, 10)]
+    rule = {"metric": "valid_loss", "best": "lowest"}
+    assert pick.payload == {"kind": "select", "engine": "megatron_bridge", "of": of} | rule
+    assert pick.label == "lowest-valid-loss-nemotron-3-nano-pretrain"
+    export = recipe.view("hf_export", "pick")[""].stage
+    assert export.payload["of"] == {"trajectory": pick.identity}
+    assert recipe.stages["rl"].stage.payload["init"]["export"] == export.identity
+    other = selected(best="highest")
+    assert other.stages["base"].stage.identity == base.stage.identity, (
+        "who chooses otherwise trains nothing before it again"
+    )
+    assert other.stages["rl"].stage.identity != recipe.stages["rl"].stage.identity
+    assert selected(of={"stage": "base", "at": [10, 6]}).stages["base"].wanted == {4, 6, 10}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"milestones": []}, "stages[pick].of.at: is missing, and base keeps no state but its last"),
+        ({"of": {"stage": "base", "at": [6, 51]}}, "stages[pick].of.at: 51: base has states from 1 to 50"),
+        ({"of": {"stage": "rl"}}, "stages[pick].init.from: a circle"),
+        ({"best": "biggest"}, "stages[pick].best: 'biggest': input should be 'highest' or 'lowest'"),
+    ],
+)
+def test_impossible_selections_are_refused(settings, message):
+    with pytest.raises(NemoflowError) as error:
+        selected(**settings)
+    assert message in str(error.value)
+
+
 def test_an_engine_that_cannot_read_the_parents_checkpoint_is_refused():
     data = yaml.safe_load(MEGATRON)
     data["stages"].append(data["stages"][0] | {"name": "more", "init": {"from": "rl", "carry": "weights"}})

@@ -425,6 +425,33 @@ def test_a_branch_from_a_kept_state_trains_the_branch_only(demo: Work, at: int):
     )
 
 
+def test_a_rule_chooses_the_state_that_goes_on(demo: Work):
+    def choose(best: str, metric: str = "loss"):
+        def change(data):
+            rule = {"metric": metric, "best": best}
+            data["stages"]["pick"] = {"name": "pick", "kind": "select", "of": {"stage": "phase1"}} | rule
+            data["stages"]["phase2"]["init"] = {"from": "pick", "carry": "weights"}
+
+        return change
+
+    demo.edit(choose("lowest"))
+    demo.run("select/demo", "pretrain/demo@phase2", "pretrain/demo@phase1")
+    trained = demo.trajectory("pretrain/demo@phase1")
+    assert (demo.path / "select/demo/checkpoint").samefile(trained / "at-20/checkpoint")
+    measures = json.loads((demo.path / "select/demo/sealed.json").read_text())["measures"]
+    assert measures == {"at": 20, "metric": "loss", "best": "lowest", "values": {"10": 1.0, "20": 0.5}}
+    assert demo.nemoflow("verify", "--deep", "select/demo").returncode == 0
+    demo.edit(choose("highest"))
+    assert demo.planned("pretrain/demo@phase2") == {"select_state": 1, "pretrain": 1, "name": 1}
+    demo.run("select/demo")
+    assert (demo.path / "select/demo/checkpoint").samefile(trained / "at-10/checkpoint")
+    shown = demo.nemoflow("show", "select/demo").stdout
+    assert "iteration 10: loss 1" in shown
+    demo.edit(choose("highest", "reward"))
+    message = demo.snakemake("select/demo").stdout
+    assert re.search(r"at-10: has no 'reward', .*; it measured iterations, loss, tokens", message), message
+
+
 def test_an_edit_rolls_back_to_a_kept_state_and_trains_what_follows(demo: Work):
     demo.run("pretrain/demo")
     before = demo.trajectory("pretrain/demo")

@@ -248,7 +248,7 @@ def _boxes(nodes: list[Node]) -> tuple[dict[str, str], dict[str, str]]:
     boxes: dict[str, str] = {}
     titles = {SHARED: "shared data"}
     for node in nodes:  # forward: what is derived stays with what it is derived of
-        if node.kind in (*kinds.TRAINED, "import", "average"):
+        if node.kind in (*kinds.TRAINED, "import", "average", "select"):
             name = boxes[node.key] = node.key.partition(":")[0]
             titles[name] = _title(node).partition(" to ")[0]
         elif node.kind in ("hf_export", "eval") and (

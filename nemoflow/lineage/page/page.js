@@ -369,7 +369,7 @@
         node.count > node.files.length ? make("p", { class: "quiet" }, `… ${(node.count - node.files.length).toLocaleString("en")} more in artifact.json`) : null),
       ...section("Attempts", ...[...node.attempts].reverse().map(attempt)),
       ...section("Commands", make("pre", {}, [
-        ...(target && ["pretrain", "sft", "rl", "hf_export", "import", "average"].includes(node.kind) ? [`snakemake ${node.kind}/${target[1]}${stage(node, target)}${target[5] ? ":" + target[5] : ""}`] : []),
+        ...(target && ["pretrain", "sft", "rl", "hf_export", "import", "average", "select"].includes(node.kind) ? [`snakemake ${node.kind}/${target[1]}${stage(node, target)}${target[5] ? ":" + target[5] : ""}`] : []),
         `nemoflow trace ${node.path}`, `nemoflow verify --deep ${node.path}`].join("\n"))),
     );
   }
