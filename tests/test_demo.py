@@ -206,7 +206,7 @@ def test_an_export_copied_away_alone_names_every_raw_file(demo, tmp_path):
     found = json.loads(run(tmp_path, "nemoflow", "trace", "model", "--json"))
     assert found["missing"] == []
     sources = [a["record"] for a in found["artifacts"] if a["record"]["kind"] == "source"]
-    assert len(sources) == 5
+    assert len(sources) == 10
     assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for source in sources for file in source["contents"])
     card = ModelCard.load(tmp_path / "model/README.md")
     assert {"pretrain", "sft", "rl"} <= set(card.data.tags)
