@@ -110,14 +110,14 @@ def test_training_says_what_it_took_and_with_which_settings(lineage):
         H200 | {"from": 60, "reached": 140},
     ]
     text = written(lineage, attempts).text
-    assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  | 16 x NVIDIA H200 | 24.00 |" in text.splitlines()
+    assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  |  | 16 x NVIDIA H200 | 24.00 |" in text.splitlines()
     assert "| sft qwen3 to 100 | 0.001 |  |  | 64 |  |  |" in text.splitlines()
     assert "  optimizer.lr: 0.001\n" in text
 
 
 def test_a_training_without_gpus_or_records_claims_no_hours(lineage):
     on_cpu = written(lineage, [{"device": "CPU", "gpus": 2, "seconds": 60, "from": 0, "reached": 100}]).text
-    assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  | CPU |  |" in on_cpu.splitlines()
+    assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  |  | CPU |  |" in on_cpu.splitlines()
     assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  |  |  |" in written(lineage).text.splitlines()
 
 

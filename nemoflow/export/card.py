@@ -25,13 +25,24 @@ _MEASURES = {
 _LICENSES = {"stdlib_topics": "PSF-2.0", "stdlib_docstrings": "PSF-2.0", "stdlib_chats": "PSF-2.0"}
 """Generator -> license of what it takes its texts from: Python's documentation."""
 
+_NEMO_RL = "policy.megatron_cfg"
+
 _SETTINGS = {
-    "learning rate": ("optimizer.lr", "grpo.learning_rate", "dpo.learning_rate"),
-    "least": ("optimizer.min_lr",),
-    "schedule": ("scheduler.lr_decay_style", "grpo.lr_scheduler_type", "dpo.lr_scheduler_type"),
-    "batch": ("train.global_batch_size", "grpo.per_device_train_batch_size", "dpo.per_device_train_batch_size"),
-    "sequence length": ("model.seq_length",),
-    "weight decay": ("optimizer.weight_decay", "grpo.weight_decay", "dpo.weight_decay"),
+    "learning rate": ("optimizer.lr", "grpo.learning_rate", "dpo.learning_rate", f"{_NEMO_RL}.optimizer.lr"),
+    "least": ("optimizer.min_lr", f"{_NEMO_RL}.optimizer.min_lr"),
+    "schedule": (
+        *("scheduler.lr_decay_style", "grpo.lr_scheduler_type", "dpo.lr_scheduler_type"),
+        f"{_NEMO_RL}.scheduler.lr_decay_style",
+    ),
+    "batch": (
+        *("train.global_batch_size", "grpo.per_device_train_batch_size", "dpo.per_device_train_batch_size"),
+        "policy.train_global_batch_size",
+    ),
+    "sequence length": ("model.seq_length", "policy.max_total_sequence_length"),
+    "weight decay": (
+        *("optimizer.weight_decay", "grpo.weight_decay", "dpo.weight_decay"),
+        f"{_NEMO_RL}.optimizer.weight_decay",
+    ),
 }
 """Column of the table of hyperparameters -> settings it shows, of any engine."""
 
@@ -143,6 +154,7 @@ def _training(trained: list[dict], attempts: dict[str, list[dict]]) -> str:
                 "" if record["kind"] == "rl" else change(measures, "loss"),
                 change(measures, "valid_loss"),
                 change(measures, "reward"),
+                change(measures, "accuracy"),
                 summary.hardware(own),
                 "" if hours is None else f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}",
             )
@@ -150,11 +162,12 @@ def _training(trained: list[dict], attempts: dict[str, list[dict]]) -> str:
         overrides = record["payload"].get("overrides", {})
         shown = (next((overrides[key] for key in keys if key in overrides), "") for keys in _SETTINGS.values())
         settings.append((title(record), *shown))
-    head = ("stage", "iterations", "tokens", "training loss", "validation loss", "reward", "hardware", "GPU-hours")
+    head = ("stage", "iterations", "tokens", "training loss", "validation loss", "reward", "preferences")
     return "\n".join(
         [
-            _table(head, rows),
-            "First value -> last value; a reward is the mean of the samples of a tenth of the steps.\n",
+            _table((*head, "hardware", "GPU-hours"), rows),
+            "First value -> last value; a reward is the mean of the samples of a tenth of the steps, preferences the "
+            "share of pairs in which the chosen answer is preferred, more than by the model before.\n",
             _table(("stage", *_SETTINGS), settings),
             "What is empty there is as the recipe function has it. All that is set:\n",
             *(_all_settings(title(record), record["payload"]) for record in trained),
