@@ -118,7 +118,7 @@ def test_training_says_what_it_took_and_with_which_settings(lineage):
 def test_a_training_without_gpus_or_records_claims_no_hours(lineage):
     on_cpu = written(lineage, [{"device": "CPU", "gpus": 2, "seconds": 60, "from": 0, "reached": 100}]).text
     assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  |  | CPU |  |" in on_cpu.splitlines()
-    assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  |  |  |" in written(lineage).text.splitlines()
+    assert "| sft qwen3 to 100 | 100 | 5,000,000 | 1.5 |  |  |  |  |  |" in written(lineage).text.splitlines()
 
 
 def test_hours_of_attempts_beyond_a_state_are_shared():
