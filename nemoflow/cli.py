@@ -137,7 +137,7 @@ def diff(args: argparse.Namespace) -> None:
 
 
 def check_sealed(args: argparse.Namespace) -> None:
-    verify.run(args.name, Session(args.store, RECIPES), args.deep, args.threads)
+    verify.run(args.name, Session(args.store, RECIPES), args.deep, args.threads, args.json)
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("name", nargs="+")
     command.add_argument("--deep", action="store_true", help="read every file that has a digest; else sizes only")
     command.add_argument("--threads", type=int, default=8, help="files read at a time (8)")
+    command.add_argument("--json", action="store_true", help="as data")
     command.set_defaults(run=check_sealed)
     text = "artifacts and states that no name, recipe or lock reaches; deletes nothing unless told"
     command = commands.add_parser("gc", help=text, description=text)

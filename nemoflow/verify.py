@@ -1,21 +1,25 @@
 """`nemoflow verify [--deep] NAME...`: whether finished artifacts still are what was sealed, and all they come from.
 
 It reads records and files alone, so it works on an archive too: a name is what its link shows, and an artifact's
-directory will do. Recipes are read only for names that show nothing. The lineage is followed through the records; what
-it names and is no longer kept is counted, not missed.
+directory, or a copy of it, will do. Recipes are read only for names that show nothing. The lineage is followed through
+the records; what it names and is no longer kept is counted, not missed. Not looked at is what no record holds because
+it differs from one run to the next: run.json, launch.json, logs, metrics.jsonl, the model card.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemoflow.canonical import identity
 from nemoflow.errors import NemoflowError
+from nemoflow.lineage import CLOSURE, RECORDS, Artifact, address, checked, closure, found, store_of
 from nemoflow.progress import Progress, human, in_threads
+from nemoflow.seal import SCHEMA
 from nemoflow.session import Session
-from nemoflow.stages import VIEWS
-from nemoflow.store import file_digest, read_json
+from nemoflow.store import dump, file_digest, read_json
 
 ALGORITHMS = ("sha256", "blake3")
 
@@ -42,135 +46,208 @@ def verify(
 ) -> tuple[list[Checked], list[str]]:
     """Check the artifacts in these directories (those of states: at-<N>), and all they come from, each once.
 
-    Every time: records say the same and have their own identity, inputs are the ones consumed, files are there in full
-    length. `deep` also reads every file that has a digest, `threads` at a time.
+    Every time: records have their form, say the same and have their own identity, inputs are the ones consumed, files
+    are there in full length. `deep` also reads every file that has a digest, `threads` at a time.
 
     Returns what was found, inputs before what consumes them, and the artifacts of the lineage that are not kept here.
     Raises NemoflowError for a directory that holds no finished artifact.
     """
-    found: dict[Path, Checked] = {}
+    seen: dict[Path, Checked] = {}
     work: list[tuple[Checked, dict]] = []
     gone: dict[str, None] = {}
     for directory in directories:
-        if not (directory / "sealed.json").exists():
-            raise NemoflowError(f"{directory}: is no finished artifact (no sealed.json)")
-        for one, record in _lineage(directory.resolve(), gone, set(found)):
-            checked = found[one] = Checked(one)
-            if record is None:
-                checked.problems.append(f"{one / 'sealed.json'}: damaged; restore it")
-            else:
-                work += [(checked, entry) for entry in _records(checked, record, deep)]
+        if not any((directory / name).exists() for name in (*RECORDS, CLOSURE)):
+            raise NemoflowError(f"{directory}: holds no finished artifact (no {' or '.join(RECORDS)})")
+        for artifact, record in _lineage(directory.resolve(), gone, seen):
+            work += [(artifact, entry) for entry in _files(artifact, record, deep)]
     if deep:
-        known = [(checked, entry) for checked, entry in work if any(a in entry for a in ALGORITHMS)]
+        known = [(artifact, entry) for artifact, entry in work if any(a in entry for a in ALGORITHMS)]
         meter = Progress(say, len(known), sum(entry["size"] for _, entry in known))
-        wrong = in_threads(_digest, [(checked.directory, entry, meter) for checked, entry in known], threads, meter)
-        for (checked, _), problem in zip(known, wrong, strict=True):
-            checked.compared += 1
-            checked.problems += [problem] if problem else []
-    return list(found.values()), list(gone)
+        wrong = in_threads(_digest, [(artifact.directory, entry, meter) for artifact, entry in known], threads, meter)
+        for (artifact, _), problem in zip(known, wrong, strict=True):
+            artifact.compared += 1
+            artifact.problems += [problem] if problem else []
+    return list(seen.values()), list(gone)
 
 
-def run(names: list[str], session: Session, deep: bool, threads: int) -> None:
+def run(names: list[str], session: Session, deep: bool, threads: int, as_json: bool = False) -> None:
     """Verify what the names show and print what was found, problems on stderr. Exits with 1 where there are any.
 
     Raises NemoflowError for a name that is none, or whose artifact is not finished.
     """
-    directories = [directory for name in names for directory in _shown(name, session)]
-    found, gone = verify(directories, deep, lambda text: print(text, file=sys.stderr), threads)
-    for checked in found:
-        for problem in checked.problems:
-            print(f"nemoflow: error: {problem}", file=sys.stderr)
-        if not checked.problems:
-            print(f"{checked}: fine")
-    for directory in gone:
-        print(f"{directory}: not kept here, so not looked at")
-    if unknown := sum(checked.unknown for checked in found):
-        print(f"{unknown} files without a digest, of which only the sizes were compared; seal/NAME makes digests")
-    if any(checked.problems for checked in found):
+    directories = [directory for name in names for directory in found(name, session)]
+    artifacts, gone = verify(directories, deep, lambda text: print(text, file=sys.stderr), threads)
+    if as_json:
+        told = [asdict(artifact) | {"directory": str(artifact.directory)} for artifact in artifacts]
+        print(json.dumps({"artifacts": told, "not_kept": gone}, indent=2, ensure_ascii=False))
+    else:
+        _print(artifacts, gone)
+    if any(artifact.problems for artifact in artifacts):
         raise SystemExit(1)
 
 
-def _shown(name: str, session: Session) -> list[Path]:
-    """The artifacts' directories behind a name."""
-    path = Path(name)
-    if links := [p for p in (path, *(sorted(path.iterdir()) if path.is_dir() else [])) if (p / "sealed.json").exists()]:
-        return links[:1] if links[0] == path else links
-    if not session.resolve([name]):
-        raise NemoflowError(f"{name}: write KIND/RECIPE[@STAGE][:N], KIND one of {', '.join(VIEWS)}, or a directory")
-    return [target.directory for view in session.names.values() for target in view.values()]
+def _print(artifacts: list[Checked], gone: list[str]) -> None:
+    for artifact in artifacts:
+        for problem in artifact.problems:
+            print(f"nemoflow: error: {problem}", file=sys.stderr)
+        if not artifact.problems:
+            print(f"{artifact}: fine")
+    for directory in gone:
+        print(f"{directory}: not kept here, so not looked at")
+    if unknown := sum(artifact.unknown for artifact in artifacts):
+        print(f"{unknown} files without a digest, of which only the sizes were compared; seal/NAME makes digests")
 
 
-def _lineage(directory: Path, gone: dict[str, None], seen: set[Path]) -> Iterator[tuple[Path, dict | None]]:
-    """The artifact and all it comes from that is here, inputs first, with their records; None for a damaged one."""
-    if directory in seen:
+def _lineage(top: Path, gone: dict[str, None], seen: dict[Path, Checked]) -> Iterator[tuple[Checked, dict]]:
+    """The artifact in a directory and all it comes from that is here and not `seen`, inputs first, with their records.
+
+    What is wrong with the records goes to the problems. Without recursion: a chain may be long.
+    """
+
+    def entered(directory: Path) -> tuple[Checked, dict | None, Iterator[Path]]:
+        artifact = Checked(directory)
+        under_way[directory] = None
+        record = _record(artifact)
+        return artifact, record, iter(_inputs(artifact, record, gone) if record else ())
+
+    if top in seen:
         return
-    seen.add(directory)
+    under_way: dict[Path, None] = {}
+    stack = [entered(top)]
+    while stack:
+        artifact, record, inputs = stack[-1]
+        upstream = next(inputs, None)
+        if upstream is None:
+            stack.pop()
+            del under_way[artifact.directory]
+            seen[artifact.directory] = artifact
+            if record:
+                yield artifact, record
+        elif upstream in under_way:
+            artifact.problems.append(
+                f"{artifact.directory}: comes from itself, by way of {upstream}; a record is wrong"
+            )
+        elif upstream not in seen:
+            stack.append(entered(upstream))
+
+
+def _record(artifact: Checked) -> dict | None:
+    """The record in a directory; None where it is damaged, or where lineage.json is all there is."""
+    directory, records = artifact.directory, {}
+    for name in reversed(RECORDS):  # the truth first
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            records[name] = checked(path.read_bytes(), path)
+        except NemoflowError as error:
+            artifact.problems.append(str(error))
+        except OSError as error:
+            artifact.problems.append(f"{path}: cannot be read: {error.strerror}")
     try:
-        record = read_json(directory / "sealed.json")
-        inputs = [_directory(directory, record, entry) for entry in record["inputs"]]
-    except (NemoflowError, KeyError, TypeError):
-        yield directory, None
-        return
-    for upstream in inputs:
-        if (upstream / "sealed.json").exists():
-            yield from _lineage(upstream, gone, seen)
-        else:
-            gone[str(upstream)] = None
-    yield directory, record
+        known = closure(directory)
+    except NemoflowError as error:
+        artifact.problems.append(str(error))
+    else:
+        artifact.problems += _closure(directory / CLOSURE, known.values(), next(iter(records.values()), None))
+    if len(records) == 2 and (directory / RECORDS[0]).read_bytes() != (directory / RECORDS[1]).read_bytes():
+        artifact.problems.append(
+            f"{directory / RECORDS[0]}: differs from {directory / RECORDS[1]}; delete it if that is right"
+        )
+    record = next(iter(records.values()), None)
+    if record and _identity(record) != record["identity"]:
+        artifact.problems.append(
+            f"{directory / next(iter(records))}: is said to be {record['identity']}, but its payload has the identity "
+            f"{_identity(record)}"
+        )
+    return record
 
 
-def _directory(consumer: Path, record: dict, entry: dict) -> Path:
-    """Where an input lies: in the store that holds its consumer."""
-    store = consumer.parents[2 if "at" in record else 1]
-    directory = store / entry["kind"] / f"{entry['label']}-{entry['identity']}"
-    return directory / f"at-{entry['at']}" if "at" in entry else directory
+def _identity(record: dict) -> str | None:
+    try:
+        return identity(record["payload"])
+    except NemoflowError:
+        return None
 
 
-def _records(checked: Checked, record: dict, deep: bool) -> list[dict]:
-    """Check the records and the files' sizes; returns the files that are there in full, with the digests known."""
-    directory, problems = checked.directory, checked.problems
-    sealed, graph = directory / "sealed.json", directory / "artifact.json"
-    if graph.exists() and graph.read_bytes() != sealed.read_bytes():
-        problems.append(f"{graph}: differs from sealed.json beside it; delete it if sealed.json is right")
-    own = directory.parent if "at" in record else directory
-    computed = identity(record["payload"])
-    if not computed == record["identity"] == own.name.rpartition("-")[2]:
-        problems.append(f"{sealed}: is said to be {record['identity']}, but its payload has the identity {computed}")
+def _closure(path: Path, artifacts: Iterator[Artifact], top: dict | None) -> list[str]:
+    """What is wrong with the records in an export's lineage.json: each must be the one that was consumed."""
+    digests = {artifact.key: _sha256(artifact.record) for artifact in artifacts}
+    problems = []
+    for consumer in [*artifacts, *([Artifact(top, None)] if top and digests else [])]:
+        for entry in consumer.record["inputs"]:
+            digest = digests.get((entry["identity"], entry.get("at")))
+            if digest != entry["sha256"]:
+                found = "is missing" if digest is None else "is not what was consumed"
+                problems.append(f"{path}: the record of {address(entry)} {found} by {consumer.address}; restore it")
+    return problems
+
+
+def _sha256(record: dict) -> str:
+    """Of the record as it is sealed."""
+    return hashlib.sha256(dump(record).encode()).hexdigest()
+
+
+def _inputs(artifact: Checked, record: dict, gone: dict[str, None]) -> Iterator[Path]:
+    """The directories of an artifact's inputs that are here; notes what is not, and what was made again."""
+    store = store_of(Artifact(record, artifact.directory))
     for entry in record["inputs"]:
-        upstream = _directory(directory, record, entry) / "sealed.json"
-        if upstream.exists() and file_digest(upstream) != entry["sha256"]:
-            problems.append(f"{upstream}: is not what {directory} was made from; one of the two was made again")
-    digests = _digests(checked)
+        upstream = store / address(entry)
+        file = _file(upstream)
+        if file is None:
+            gone[str(upstream)] = None
+            continue
+        if file_digest(file) != entry["sha256"]:
+            artifact.problems.append(
+                f"{file}: is not what {artifact.directory} was made from; one of the two was made again"
+            )
+        yield upstream
+
+
+def _file(directory: Path) -> Path | None:
+    """The record in a directory, the truth rather than its copy."""
+    return next((directory / name for name in reversed(RECORDS) if (directory / name).exists()), None)
+
+
+def _files(artifact: Checked, record: dict, deep: bool) -> list[dict]:
+    """Check the sizes of an artifact's files; returns those that are there in full, with the digests known."""
+    digests = _digests(artifact, record["contents"])
     there = []
     for entry in record["contents"]:
-        path = directory / entry["name"]
+        path = artifact.directory / entry["name"]
         size = path.stat().st_size if path.exists() else None
         if size != entry["size"]:
             found = "is missing" if size is None else f"has {size} bytes"
-            anew = "" if "at" in record else f", or delete {directory} to have it made anew"
-            problems.append(f"{path}: {found}, sealed with {entry['size']}; restore it{anew}")
+            anew = "" if "at" in record else f", or delete {artifact.directory} to have it made anew"
+            artifact.problems.append(f"{path}: {found}, sealed with {entry['size']}; restore it{anew}")
             continue
-        checked.files += 1
-        checked.bytes += size
+        artifact.files += 1
+        artifact.bytes += size
         there.append(entry | digests.get(entry["name"], {}))
-        checked.unknown += deep and not any(a in there[-1] for a in ALGORITHMS)
+        artifact.unknown += deep and not any(a in there[-1] for a in ALGORITHMS)
     return there
 
 
-def _digests(checked: Checked) -> dict[str, dict]:
+def _digests(artifact: Checked, contents: list[dict]) -> dict[str, dict]:
     """What `seal` made for a state: name -> {"sha256"}; empty where there is none, or where it is of another seal."""
-    path = checked.directory / "digests.json"
+    path = artifact.directory / "digests.json"
     if not path.exists():
         return {}
+    again = "delete it and ask for seal/NAME again"
     try:
         found = read_json(path)
-        if found["sealed"] != file_digest(checked.directory / "sealed.json"):
-            raise NemoflowError(f"{path}: was made of another sealed.json; delete it and ask for seal/NAME again")
+        listed = [{"name": entry["name"], "size": entry["size"]} for entry in found["files"]]
+        if found["sealed"] != file_digest(_file(artifact.directory)):
+            raise NemoflowError(f"{path}: was made of another sealed.json; {again}")
+        if listed != [{"name": entry["name"], "size": entry["size"]} for entry in contents]:
+            raise NemoflowError(f"{path}: lists other files than were sealed; {again}")
+        if found["schema"] != SCHEMA or dump(found) != path.read_text(encoding="utf-8"):
+            raise NemoflowError(f"{path}: is not as it was written; {again}")
         return {entry["name"]: {"sha256": entry["sha256"]} for entry in found["files"]}
     except NemoflowError as error:
-        checked.problems.append(str(error))
+        artifact.problems.append(str(error))
     except (KeyError, TypeError):
-        checked.problems.append(f"{path}: damaged; delete it and ask for seal/NAME again")
+        artifact.problems.append(f"{path}: damaged; {again}")
     return {}
 
 

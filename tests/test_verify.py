@@ -5,14 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from archives import Archive, pretraining
 from graph import write_demo
 
 from nemoflow import locks, verify
 from nemoflow import seal as digests
 from nemoflow.errors import NemoflowError
 from nemoflow.job import contents
+from nemoflow.lineage import address, load
 from nemoflow.session import Session, show
-from nemoflow.store import Store, seal
+from nemoflow.store import Store, dump, seal
 
 RECIPES = [Path("config/recipes")]
 
@@ -106,9 +108,10 @@ def test_digests_of_another_seal():
 
 
 def test_records_that_do_not_agree():
-    overwrite(tokenizer() / "artifact.json", "{}")
+    copy = tokenizer() / "artifact.json"
+    overwrite(copy, copy.read_text() + "\n")
     assert found() == [
-        f"{tokenizer().resolve()}/artifact.json: differs from sealed.json beside it; delete it if sealed.json is right"
+        f"{copy.resolve()}: differs from {tokenizer().resolve()}/sealed.json; delete it if that is right"
     ]
 
 
@@ -133,7 +136,87 @@ def test_a_record_of_another_identity():
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"inputs": [{}]}'])
 def test_a_damaged_record(text):
     overwrite(state() / "sealed.json", text)
-    assert found() == [f"{state().resolve()}/sealed.json: damaged; restore it"]
+    problems = found()
+    assert problems[0].startswith(f"{state().resolve()}/sealed.json: damaged: ")
+    assert problems[0].endswith("; restore it")
+
+
+def test_a_record_of_a_newer_form():
+    record = json.loads((state() / "sealed.json").read_text())
+    overwrite(state() / "sealed.json", json.dumps(record | {"schema": 2}))
+    assert f"{state().resolve()}/sealed.json: schema: 2: this nemoflow reads up to 1; use a newer one" in found()
+
+
+def test_an_artifact_that_comes_from_itself():
+    record = json.loads((tokenizer() / "sealed.json").read_text())
+    own = {key: record[key] for key in ("kind", "label", "identity")}
+    for name in ("sealed.json", "artifact.json"):
+        overwrite(tokenizer() / name, json.dumps(record | {"inputs": [{"role": "sources", "sha256": "", **own}]}))
+    assert any(" comes from itself, by way of " in problem for problem in found())
+
+
+def test_a_flipped_byte_anywhere_is_found_and_named():
+    digests.make(state(), print)
+    assert found(deep=True) == []
+    files = [
+        p
+        for p in Path("artifacts").resolve().rglob("*")
+        if p.is_file() and ".stages" not in p.parts and p.name[0] != "."
+    ]
+    assert {p.name for p in files} == {"sealed.json", "artifact.json", "digests.json", "weights"}
+    for file in files:
+        text = file.read_bytes()
+        file.chmod(0o644)
+        for place in {0, len(text) // 3, len(text) // 2, len(text) - 1}:
+            file.write_bytes(text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :])
+            # A digest that is wrong speaks against the file it is of
+            named = [file, state().resolve() / "checkpoint/weights"] if file.name == "digests.json" else [file]
+            assert any(str(name) in problem for problem in found(deep=True) for name in named), (file, place)
+        file.write_bytes(text)
+
+
+def test_an_archive_that_has_only_what_the_graph_tracks():
+    for file in Path("artifacts").rglob("sealed.json"):
+        file.unlink()
+    checked, gone = verify.verify([state()], True, print)
+    assert (len(checked), gone) == (8, [])
+    assert not any(one.problems for one in checked)
+
+
+def test_a_long_chain(tmp_path):
+    """Longer than Python's stack."""
+    archive, before = Archive(tmp_path / "long"), {}
+    data = archive.seal("source", hub={"repo": "org/x", "commit": "0" * 40}, format="parquet", files=[])
+    for number in range(1, 1500):
+        init = {"init": {"from": before, "at": 1, "carry": "weights"}} if before else {}
+        before = archive.seal("sft", at=1, engine="x", function="x", data=data, tokenizer=data, seed=number, **init)
+    checked, gone = verify.verify([archive.directory(before, 1)], False, print)
+    assert (len(checked), gone) == (1500, [])
+    assert {problem.partition(": ")[2] for one in checked for problem in one.problems} == {
+        "is missing, sealed with 1000; restore it",
+        f"is missing, sealed with 1000; restore it, or delete {archive.directory(data)} to have it made anew",
+    }
+
+
+def test_an_export_copied_away_alone(tmp_path, capsys):
+    _, export = pretraining(tmp_path / "whole", sources=2, shards=2)
+    lineage = load(export)
+    alone = tmp_path / "alone"
+    shutil.copytree(export, alone)
+    (alone / "files").mkdir()
+    (alone / "files/00000.bin").write_bytes(bytes(1000))
+    above = [record for record in lineage.records() if record["kind"] != "hf_export"]
+    (alone / "lineage.json").write_text(dump({"artifacts": above}))
+    assert [one.problems for one in verify.verify([alone], False, print)[0]] == [[]]
+    above[3]["measures"] = {"tokens": 17}
+    (alone / "lineage.json").write_text(dump({"artifacts": above}))
+    (checked,) = verify.verify([alone], False, print)[0]
+    assert f"the record of {address(above[3])} is not what was consumed by " in checked.problems[0]
+    with pytest.raises(SystemExit):
+        verify.run([str(alone)], Session("artifacts", RECIPES), False, 1, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["artifacts"][0]["problems"] == checked.problems
+    assert len(told["not_kept"]) == 2
 
 
 def test_what_is_no_longer_kept_is_told_but_no_problem():
@@ -161,7 +244,7 @@ def test_names_that_show_nothing(capsys):
     Path("pretrain/demo@phase1:10").unlink()
     verify.run(["pretrain/demo@phase1:10"], Session("artifacts", RECIPES), False, 1)
     assert f"{state().resolve()}: 1 files, 14 B: fine" in capsys.readouterr().out.splitlines()
-    with pytest.raises(NemoflowError, match=r"is no finished artifact \(no sealed.json\)"):
+    with pytest.raises(NemoflowError, match="holds no finished artifact"):
         verify.run(["pretrain/demo@phase2"], Session("artifacts", RECIPES), False, 1)
     with pytest.raises(NemoflowError, match=r"^nonsense: write KIND/RECIPE"):
         verify.run(["nonsense"], Session("artifacts", RECIPES), False, 1)

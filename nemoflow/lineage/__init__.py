@@ -120,14 +120,14 @@ def read(directory: Path) -> dict | None:
     if not texts:
         return None
     for name, text in texts.items():
-        record = _checked(text, directory / name)
+        record = checked(text, directory / name)
     if len(set(texts.values())) > 1:
         first = directory / RECORDS[0]
         raise NemoflowError(f"{first}: differs from sealed.json beside it; delete it if sealed.json is right")
     return record
 
 
-def _checked(text: bytes | Any, where: Path | str) -> dict:
+def checked(text: bytes | Any, where: Path | str) -> dict:
     """A record that has the form it should have. `text`: JSON, or what is in it."""
     try:
         record = json.loads(text) if isinstance(text, bytes) else text
@@ -165,7 +165,7 @@ def closure(directory: Path) -> dict[Key, Artifact]:
     entries = read_json(path).get("artifacts")
     if not isinstance(entries, list):
         raise NemoflowError(f"{path}: damaged: artifacts is missing; restore it")
-    found = (Artifact(_checked(e, f"{path}: artifacts[{n}]"), None) for n, e in enumerate(entries))
+    found = (Artifact(checked(e, f"{path}: artifacts[{n}]"), None) for n, e in enumerate(entries))
     return {artifact.key: artifact for artifact in found}
 
 
@@ -240,8 +240,8 @@ def _inputs(consumer: Artifact, lineage: Lineage, known: dict[Key, Artifact]) ->
 
 def store_of(artifact: Artifact) -> Path:
     """The store that holds an artifact's directory."""
-    real = artifact.directory.resolve()  # a name is a link, and so may its directory be
-    return real.parents[1 if artifact.at is None else 2]
+    parents = artifact.directory.resolve().parents  # a name is a link, and so may its directory be
+    return parents[min(1 if artifact.at is None else 2, len(parents) - 1)]  # a copy may lie anywhere
 
 
 def found(name: str, session: "Session | None") -> list[Path]:
