@@ -1,4 +1,4 @@
-"""Verifiers that do not do what they should, for tests of the judge."""
+"""Verifiers that do not do what they should, for tests of the judge; and one that does."""
 
 import os
 import time
@@ -32,3 +32,8 @@ def odd(answer, row):  # noqa: ARG001
 
 def hang(answer, row):  # noqa: ARG001
     time.sleep(600)
+
+
+def odd_length(answer, row):  # noqa: ARG001
+    """Honest: one for an answer of an odd number of characters, which about half of a random model's are."""
+    return len(answer) % 2

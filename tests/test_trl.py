@@ -14,6 +14,7 @@ import torch
 from hf_models import random_model, small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from poisoned import odd_length
 
 from nemoflow.engines.trl import USUAL, checkpoints, rollouts, train
 from nemoflow.errors import NemoflowError
@@ -462,25 +463,25 @@ def test_a_poisoned_environment_stops_the_run_by_name(model, tmp_path):
 
 @pytest.mark.slow
 def test_the_export_scores_what_the_trainer_reported(model, tmp_path):
-    """The last step's policy, unmoved by a tiny learning rate, against 2,000 answers sampled from its export."""
+    """The policy of ten steps, unmoved by a tiny learning rate, against 2,000 answers sampled from its export."""
     overrides = OVERRIDES | {"grpo.learning_rate": 1.0e-9, "grpo.per_device_train_batch_size": 200}
-    often = max("0123456789", key=lambda digit: sampled(model, row(digit, "What is 3 + 4?"), 200))
-    rows = [row(often, "What is 3 + 4?")]
-    assert run(request(tmp_path, model, rows, overrides=overrides, horizon=10, stop=10, wanted=[10])) == 0
+    settings = {"overrides": overrides, "environments": {AGENT["name"]: {"verifier": "poisoned:odd_length"}}}
+    rows = [row("7")]
+    assert run(request(tmp_path, model, rows, horizon=10, stop=10, wanted=[10], **settings)) == 0
     reported = [entry["reward"] for entry in metrics(tmp_path / "metrics.jsonl").values()]
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "checkpoint").symlink_to(checkpoints.states(tmp_path / "checkpoints")[10])
     out = tmp_path / "out"
     out.mkdir()
     make({"engine": "trl", "dtype": "float32"}, {"state": tmp_path / "state", "tokenizer": model}, out, print, [])
-    right = sampled(out, rows[0], 2000)
+    right = sum(odd_length(answer, rows[0]) for answer in sampled(out, rows[0], 2000)) / 2000
     both = 0.5 * (right + sum(reported) / 10)
     assert abs(right - sum(reported) / 10) < 4 * (both * (1 - both) * (1 / 2000 + 1 / 2000)) ** 0.5
     assert 0.05 < right < 0.95, "or equal shares would say little"
 
 
-def sampled(export: Path, asked: dict, count: int) -> float:
-    """The share of right answers among `count` sampled from an export by plain transformers."""
+def sampled(export: Path, asked: dict, count: int) -> list[str]:
+    """`count` answers sampled from an export by plain transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
@@ -488,5 +489,4 @@ def sampled(export: Path, asked: dict, count: int) -> float:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     torch.manual_seed(0)
     answers = loaded.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=1, num_return_sequences=count)
-    texts = tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(text.strip() == asked["expected_answer"] for text in texts) / count
+    return tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
