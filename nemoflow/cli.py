@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemoflow import gc, locks, squeue, stage_lock, verify
+from nemoflow import cluster, gc, locks, plan, squeue, stage_lock, verify
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.environments import Environment
@@ -128,6 +128,13 @@ def graph(args: argparse.Namespace) -> None:
     lineage_graph.write(nodes, ", ".join(args.name), args.output, args.mermaid)
 
 
+def show_plan(args: argparse.Namespace) -> None:
+    session = Session(args.store, RECIPES)
+    if args.profile:
+        session.cluster = cluster.load()
+    plan.run(args.name, session, args.json)
+
+
 def trace(args: argparse.Namespace) -> None:
     lineage_trace.run(args.name, Session(args.store, RECIPES), args.files, args.json)
 
@@ -183,6 +190,12 @@ def main(argv: list[str] | None = None) -> None:
         if function is graph:
             command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (lineage.html)")
             command.add_argument("--mermaid", action="store_true", help="the flowchart; on the screen without -o")
+    text = "what snakemake would run for names: anew or resumed, on what, for how many GPU-hours; runs nothing"
+    command = commands.add_parser("plan", help=text, description=text)
+    command.add_argument("name", nargs="+")
+    command.add_argument("--profile", choices=["slurm"], help="as jobs of the cluster that cluster.yaml describes")
+    command.add_argument("--json", action="store_true", help="as data")
+    command.set_defaults(run=show_plan)
     text = "what artifacts were made from, as a tree down to raw files, revisions and code"
     command = commands.add_parser("trace", help=text, description=text)
     command.add_argument("name", nargs="+", help="a name, or a directory: an artifact's, or a copy of it")

@@ -90,11 +90,15 @@ class Session:
     # -- for rules ---------------------------------------------------------------------------------------------------
 
     def inputs(self, identity: str, at: int | None = None) -> list[str]:
-        """The artifacts that a stage's rule waits for: what it reads, and the wanted state before `at`."""
+        """The artifacts that a stage's rule waits for."""
+        return [target.artifact for target in self.upstream(identity, at)]
+
+    def upstream(self, identity: str, at: int | None = None) -> list[Target]:
+        """What has to be there before a stage is made: what it reads, and the wanted state before `at`."""
         stage = self.store.load(identity)
-        found = [Target(*read).artifact for read in stage.reads()]
+        found = [Target(*read) for read in stage.reads()]
         earlier = [] if at is None else [n for n in self._requested_states(identity) if n < at]
-        return [*found, Target(stage, max(earlier)).artifact] if earlier else found
+        return [*found, Target(stage, max(earlier))] if earlier else found
 
     def _requested_states(self, identity: str) -> set[int]:
         wanted: set[int] = set()

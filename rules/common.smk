@@ -5,7 +5,6 @@ import logging
 import re
 import shlex
 import sys
-import textwrap
 from pathlib import Path
 
 from snakemake.logging import logger
@@ -14,7 +13,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 BASE = Path(workflow.current_basedir).parent
 sys.path.insert(0, str(BASE))
 
-from nemoflow import cluster, costs
+from nemoflow import cluster, plan
 from nemoflow.errors import NemoflowError
 from nemoflow.report import PICTURES
 from nemoflow.session import Session
@@ -164,30 +163,16 @@ class Plan(logging.Handler):
         if self.shown or getattr(record, "event", None) != LogEvent.RUN_INFO:
             return
         self.shown = True
-        jobs = [job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict]
-        order = session.order()
-        jobs.sort(key=lambda job: order.get((job.wildcards.id, number(job.wildcards)), len(order)))
-        identities = list(dict.fromkeys(job.wildcards.id for job in jobs))
+        needed = [job for job in workflow.dag.needrun_jobs() if "id" in job.wildcards_dict]
+        jobs = [plan.Job(j.wildcards.id, number(j.wildcards), j.rule.name == "seal") for j in needed]
+        identities = list(dict.fromkeys(job.identity for job in jobs))
         if jobs:
             clearly(session.check_raw_files, identities)
-            lines, hours = [], []
-            for needed in jobs:
-                if needed.rule.name == "seal":
-                    lines.append(f"  digests of {title(needed.wildcards)}: new")
-                    continue
-                key = needed.wildcards.id, number(needed.wildcards)
-                lines.append(f"  {title(needed.wildcards)}: {clearly(session.plan, *key)}")
-                if workflow.output_settings.printshellcmds and (command := session.command(key[0])):
-                    lines.append(f"      $ {command}")
-                hours += [cost] if (cost := clearly(session.cost, *key)) else []
-                epochs = clearly(session.epochs, *key)
-                lines += textwrap.wrap(epochs, 110, initial_indent="      ", subsequent_indent=" " * 14)
-            if hours:
-                lines.append(f"  in all {costs.total(hours)}")
-            if unchecked := clearly(session.check_cluster, identities):
-                lines.append(f"  {unchecked}")
-            logger.info("\n".join(["Plan:", *lines, ""]))
-            clearly(session.check_budget, hours, config.get("approve", 0))
+            lines = clearly(plan.lines, session, jobs)
+            unchecked = clearly(session.check_cluster, identities)
+            text = plan.text(lines, workflow.output_settings.printshellcmds)
+            logger.info("\n".join([text, *([f"  {unchecked}"] if unchecked else []), ""]))
+            clearly(session.check_budget, [line.cost for line in lines if line.cost], config.get("approve", 0))
         # Here and not in onstart, which a workflow using this one as a module does not take over
         if not workflow.dryrun:
             clearly(session.check_queue, identities)

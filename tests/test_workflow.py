@@ -675,6 +675,23 @@ def test_the_plan_says_what_each_job_would_do(demo: Work):
     assert "sft of demo to 18: resume, 12 of 18 done" in printed
     assert "rl of demo to 8: new, iterations 1 to 8" in printed
     assert not list(demo.path.glob("artifacts/sft/*/wanted/18")), "a dry run leaves no wishes behind"
+    shutil.rmtree(demo.path / "artifacts/merge")  # what is not there, and not needed
+    targets = ["rl/demo", "pretrain/demo@phase2", "seal/demo@phase1"]
+    printed = demo.snakemake("-n", *targets).stdout
+    whole = printed[printed.index("Plan:") :].split("\n\n")[0]
+    assert len(whole.splitlines()) == 4
+    assert demo.nemoflow("plan", *targets).stdout.strip() == whole
+    told = json.loads(demo.nemoflow("plan", "--json", *targets).stdout)
+    assert [f"  {job['title']}: {job['does']}" for job in told["jobs"]] == whole.splitlines()[1:]
+    assert demo.nemoflow("plan", "data/demo").stdout == "Nothing to be done: all of it is there.\n"
+    assert "raw: write KIND/RECIPE" in demo.nemoflow("plan", "raw").stderr
+
+
+def test_the_plan_of_all_is_what_snakemake_plans(fresh: Work):
+    printed = fresh.snakemake("-n", "rl/demo").stdout
+    whole = printed[printed.index("Plan:") :].split("\n\n")[0]
+    assert len(whole.splitlines()) > 15
+    assert fresh.nemoflow("plan", "rl/demo").stdout.strip() == whole
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
