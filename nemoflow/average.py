@@ -42,7 +42,7 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
 
 def _check(out: Path, checkpoints: tuple[Path, ...]) -> None:
     """Raise NemoflowError for a checkpoint that is damaged, or of another model, and a disk that is too small."""
-    sizes = [_weights(checkpoint) for checkpoint in checkpoints]
+    sizes = [weights(checkpoint) for checkpoint in checkpoints]
     for checkpoint, (shapes, _) in zip(checkpoints, sizes, strict=True):
         differing = [n for n in {**sizes[0][0], **shapes} if sizes[0][0].get(n) != shapes.get(n)]
         if differing:
@@ -52,8 +52,8 @@ def _check(out: Path, checkpoints: tuple[Path, ...]) -> None:
         raise NemoflowError(f"{out}: the checkpoint takes {human(size)} and {human(free)} are free; make room")
 
 
-def _weights(checkpoint: Path) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Name -> shape of the model's tensors in a checkpoint, and their bytes, from its metadata alone.
+def weights(checkpoint: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Name -> shape of the model's tensors in a Megatron checkpoint, and their bytes, from its metadata alone.
 
     Raises NemoflowError when the checkpoint is damaged.
     """

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemoflow import cluster, gc, locks, plan, squeue, stage_lock, verify
+from nemoflow import cluster, elsewhere, gc, locks, plan, squeue, stage_lock, verify
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.environments import Environment
@@ -67,6 +67,15 @@ def lock(args: argparse.Namespace) -> None:
             locks.write(name, RECIPES, store, lambda text: print(text, file=sys.stderr))
             recipe = Recipe(name, RECIPES, store)
         print(f"{name}: wrote {stage_lock.write(recipe)}; commit it")
+
+
+def import_(args: argparse.Namespace) -> None:
+    def show(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    file, target = elsewhere.write(args.path, args.name, args.tokenizer, RECIPES, Store(args.store), show)
+    print(f"wrote {file} and its lock; commit them. `snakemake {target}` makes the artifact; recipes that")
+    print(f"say `extends: {args.name}` use it")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -172,6 +181,12 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--only", nargs="+", metavar="SOURCE", help="pin these anew and keep the others")
             text = "hold the recipe to its stages of today: an edit that would change one is refused"
             command.add_argument("--stages", action="store_true", help=text)
+    text = "a recipe for what was made elsewhere: a Hugging Face or Megatron checkpoint, Megatron's data, a blend of it"
+    command = commands.add_parser("import", help=text, description=text)
+    command.add_argument("path", help=elsewhere.ACCEPTED)
+    command.add_argument("--as", dest="name", required=True, metavar="NAME", help="what it is called here")
+    command.add_argument("--tokenizer", help="a directory or hf://ORGANISATION/NAME; that of a Hugging Face checkpoint")
+    command.set_defaults(run=import_)
     for function, text in (
         (
             show,

@@ -31,6 +31,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """What is taken of a model besides its weights and tokenizer."""
 
+RUN_CONFIG = "run_config.yaml"
+"""Megatron-Bridge's file that says what model a checkpoint is of; in each of its iter_* directories."""
+
 _TRIES = 6
 """How often something is asked for again, after 1, 2, 4, ... seconds, before it is given up."""
 _BATCH = 500
@@ -236,6 +239,14 @@ def resolve_tokenizer(repo: str, commit: str) -> Resolved:
                 f"{SCHEME}{repo}: has no {needed}; give a model whose tokenizer is of the `tokenizers` kind"
             )
     return Resolved(commit, "", files)
+
+
+def iteration(directory: Path) -> Path | None:
+    """The last iteration of a Megatron-Bridge checkpoint: `directory`, or one in it; None where there is none."""
+    if (directory / RUN_CONFIG).is_file():
+        return directory
+    found = {p.parent for p in directory.glob(f"iter_[0-9]*/{RUN_CONFIG}")}
+    return max(found, key=lambda p: int(p.name.removeprefix("iter_")), default=None)
 
 
 def is_model_file(name: str) -> bool:

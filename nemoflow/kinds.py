@@ -149,7 +149,7 @@ KINDS: dict[str, Kind] = {
         _rows, {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0", "agents": {}}
     ),
     "preferences": Kind(_rows, {"valid": "1/20", "fields": {}, "max_broken": "1/1000"}),
-    "import": Kind(_import, {"version": 1}),
+    "import": Kind(_import, {"version": 1, "hf_config": {}}),
     "average": Kind(_average, {"version": 1}),
     "select": Kind(_select, {"version": 1}),
     "pretrain": Kind(_megatron, {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0}),

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nemoflow import hub
 from nemoflow import recipe as grammar
 from nemoflow.data.plan import Plan, shards
+from nemoflow.data.sources import readable
 from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.progress import Progress, human, in_threads
 from nemoflow.store import Store, file_digest, read_json, write_atomically
@@ -37,13 +38,14 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".json", ".ndjson"),
     "parquet": (".parquet",),
     "txt": (".txt",),
+    "megatron": (".bin",),
 }
 """Format -> what its files' names end with."""
 
 BYTES_PER_TOKEN = 4.4
 """UTF-8 bytes of English web text per token of a vocabulary of 131,072. Code and other languages have fewer."""
-COMPRESSION = {"parquet": 3, "jsonl.gz": 3, "jsonl.zst": 3}
-"""Bytes of text per byte of file, roughly, where files are compressed. With BYTES_PER_TOKEN good for plans, no more."""
+COMPRESSION = {"parquet": 3, "jsonl.gz": 3, "jsonl.zst": 3, "megatron": 1.1}
+"""Bytes of text per byte of file, roughly, where files are compressed, or hold ids. Good for plans only."""
 
 _THREADS = 16
 """Footers asked for at a time; most of the time is waiting for the network."""
@@ -245,19 +247,30 @@ class _Writer:
         return entry
 
     def _resolve(self, asked: Asked, what: str, say: Callable[[str], None]) -> Entry:
-        entry = (self._remote if asked.files.startswith(hub.SCHEME) else self._local)(asked, what, say)
+        remote = asked.files.startswith(hub.SCHEME)
+        entry = (self._remote if remote else self._local)(asked, what, say)
         if what == "dataset":
-            entry.format = asked.format or format_of(row[0] for row in entry.files)
+            names = [row[0] for row in entry.files if not row[0].endswith(".idx")]
+            entry.format = asked.format or format_of(names)
+            if entry.format == "megatron":
+                if remote:
+                    raise NemoflowError(f"{asked.files}: format megatron is read from local files only")
+                _check_pairs(entry.files)
             self._cut(entry, say)
         return entry
 
     def _local(self, asked: Asked, what: str, say: Callable[[str], None]) -> Entry:
         pattern = asked.files
         root = Path(pattern)
+        megatron = hub.iteration(root) if what == "model" and root.is_dir() else None
+        root = megatron or root
         # glob.glob and not Path.glob: the pattern may be absolute
         paths = [str(p) for p in root.iterdir()] if root.is_dir() else glob.glob(pattern, recursive=True)  # noqa: PTH207
         paths = sorted(p for p in paths if Path(p).is_file())
-        if what == "model":
+        if what == "dataset" and any(p.endswith(".bin") for p in paths):  # whoever asks for *.bin means the .idx too
+            beside = {str(Path(p).with_suffix(".idx")) for p in paths if p.endswith(".bin")}
+            paths = sorted({*paths, *(p for p in beside if Path(p).is_file())})
+        if what == "model" and not megatron:
             paths = [p for p in paths if hub.is_model_file(Path(p).name)]
             hub.check_model([Path(p).name for p in paths], pattern)
         if not paths:
@@ -314,7 +327,18 @@ class _Writer:
         groups = dict(zip(large, in_threads(footer, [(n,) for n in large], _THREADS, progress), strict=True))
         for number, found in groups.items():
             entry.files[number] = (*entry.files[number], " ".join(f"{rows}/{bytes_}" for rows, bytes_ in found))
-        entry.plan = shards([row[1] for row in entry.files], groups, asked.shard_size)
+        entry.plan = shards([row[1] for row in readable(entry.files, entry.format)], groups, asked.shard_size)
+
+
+def _check_pairs(files: list[Row]) -> None:
+    """Raise NemoflowError unless the files are .bin, each followed by its .idx."""
+    names = [Path(row[0]) for row in files]
+    for name in names:
+        other = name.with_suffix({".bin": ".idx", ".idx": ".bin"}.get(name.suffix, name.suffix))
+        if other == name:
+            raise NemoflowError(f"{name}: is neither .bin nor .idx, of which format megatron consists")
+        if other not in names:
+            raise NemoflowError(f"{name}: has no {other.name} beside it; Megatron's data is a .bin and an .idx")
 
 
 def dump(entries: dict[str, Entry]) -> str:

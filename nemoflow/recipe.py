@@ -21,6 +21,7 @@ from pydantic import (
     Tag,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from nemoflow.errors import NemoflowError
@@ -197,8 +198,8 @@ class Files(_Source):
     """The dataset's split."""
     revision: str | None = None
     """A branch, tag or commit of the dataset; its main branch by default. The lock pins the commit."""
-    format: Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"] | None = None
-    """By default what the files' names say."""
+    format: Literal["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "megatron"] | None = None
+    """By default what the files' names say. megatron: .bin with .idx, which others made with the same tokenizer."""
     shard_size: Bytes = 512 * 2**20
     """Bytes of raw files tokenized as one shard; larger Parquet files are divided by row group."""
 
@@ -383,12 +384,13 @@ class _Named(Model):
 
 
 class Import(_Named):
-    """A published model as a Megatron checkpoint, to start from."""
+    """A model made elsewhere as a Megatron checkpoint, to start from."""
 
     kind: Literal["import"]
     engine: Name = "megatron_bridge"
     model: str
-    """hf://ORGANISATION/NAME, or a directory with a Hugging Face checkpoint. Pinned by `nemoflow lock`."""
+    """hf://ORGANISATION/NAME, or a directory with a Hugging Face or a Megatron-Bridge checkpoint (an iter_* directory,
+    or one that holds some, of which the last is taken). Pinned by `nemoflow lock`."""
     revision: str | None = None
     """A branch, tag or commit on the hub."""
 
@@ -550,7 +552,7 @@ class Recipe(Model):
             Annotated[Generated, Tag("<generated>")] | Annotated[Files, Tag("<files>")],
             _by_key("files", "<files>", "<generated>"),
         ],
-    ]
+    ] = {}
     held_out: HeldOut = HeldOut()
     """What of each pretraining source is kept for validation and test, in every stage the same."""
     hf_config: dict[str, Any] = {}
@@ -559,10 +561,16 @@ class Recipe(Model):
     """Engine -> settings shared by all its stages; a stage's own win."""
     datasets: dict[Name, DataSet] = {}
     """Data made for its own sake: data/RECIPE@NAME."""
-    stages: Annotated[list[Stage], Field(min_length=1)]
+    stages: list[Stage] = []
     export: Export = Export()
     eval: dict[Name, Eval] = {}
     """What exports are evaluated with: eval/RECIPE[@STAGE][:N]."""
+
+    @model_validator(mode="after")
+    def _makes_something(self) -> "Recipe":
+        if not self.stages and not self.datasets:
+            raise ValueError("stages: are missing; a recipe has stages, or datasets, or both")
+        return self
 
 
 class Blend(Model):

@@ -17,9 +17,11 @@ from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
 from nemoflow.data import plan
 from nemoflow.data.generate import arguments, check_arguments
+from nemoflow.data.sources import readable
 from nemoflow.engines import engine, refuse
 from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.evaluation import tasks
+from nemoflow.hub import RUN_CONFIG
 from nemoflow.locks import LockedSource, Locks
 from nemoflow.store import Stage, Store
 
@@ -212,7 +214,7 @@ class Recipe:
             self.launch[identity] = {"paths": locked.paths}
         if locked is stand_in:
             return Raw(identity, spec, locked.plan, [(0, 1)], None)
-        jobs = plan.jobs(locked.plan, locked.payload["files"])
+        jobs = plan.jobs(locked.plan, readable(locked.payload["files"], locked.payload["format"]))
         return Raw(identity, spec, locked.plan, jobs, locked.estimated_tokens)
 
     def _pinned(self, key: str, find: Callable, stand_in: Any) -> Any:
@@ -462,7 +464,16 @@ class Recipe:
         source = self._add("source", **payload)
         if paths:
             self.launch[source] = {"paths": paths}
-        identity = self._add("import", engine=spec.engine, model=source, tokenizer=self.tokenizer, version=spec.version)
+        megatron = any(file["path"] == RUN_CONFIG for file in payload.get("files", []))
+        identity = self._add(
+            "import",
+            engine=spec.engine,
+            model=source,
+            tokenizer=self.tokenizer,
+            # A Hugging Face checkpoint says itself what it is
+            hf_config=self.spec.hf_config if megatron else None,
+            version=spec.version,
+        )
         return Model(spec, driver, self.store.load(identity))
 
     def _average(self, spec: grammar.Average, driver: ModuleType, of: Model | list[Trained], where: str) -> Model:
@@ -889,7 +900,7 @@ class Recipe:
             found += [f"{kind}/{self.name}"] if stages else []
             found += [f"{kind}/{self.name}@{stage}" for stage in stages] if len(stages) > 1 else []
             found += [f"{kind}/{self.name}@{s}:{m}" for s in stages for m in self.stages[s].spec.milestones]
-        for kind in ("hf_export", *(["eval"] if self.evals else []), "report"):
+        for kind in ("hf_export", *(["eval"] if self.evals else []), "report") if self.models or self.stages else ():
             found += [f"{kind}/{self.name}@{stage}" for stage in (*self.models, *self.stages)]
             found += [f"{kind}/{self.name}"]
         return found

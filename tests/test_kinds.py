@@ -21,7 +21,7 @@ DEFAULTS = {
     "chats": {"valid": "1/20", "seed": 0, "too_long": "drop", "pad_multiple": 1, "max_broken": "1/1000"},
     "prompts": {"valid": "1/20", "placeholders": {}, "allow_unresolved": [], "max_broken": "0", "agents": {}},
     "preferences": {"valid": "1/20", "fields": {}, "max_broken": "1/1000"},
-    "import": {"version": 1},
+    "import": {"version": 1, "hf_config": {}},
     "average": {"version": 1},
     "select": {"version": 1},
     "pretrain": {"version": 1, "overrides": {}, "arguments": {}, "hf_config": {}, "skip": 0},

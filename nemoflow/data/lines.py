@@ -28,7 +28,7 @@ def lines(source: Source, broken: Broken, columns: set[str] | None = None) -> It
 
     Raises NemoflowError naming file and row when a file cannot be read, or has values that JSON has not.
     """
-    if source.format in ("parquet", "txt"):
+    if source.format in ("parquet", "txt", "megatron"):
         _check_columns(source, columns)
         for number, at, row in read(source, source.units(), broken):
             row = without_nulls(row if columns is None else {k: v for k, v in row.items() if k in columns})

@@ -50,6 +50,8 @@ def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None]
     def link(number: int, entry: dict, path: Path) -> dict:
         check_file(entry, path, meter.add)
         name = file_name(number, payload["format"])
+        if payload["format"] == "megatron":
+            name = str(Path(file_name(number // 2, "megatron")).with_suffix((".bin", ".idx")[number % 2]))
         (out / name).symlink_to(path.absolute())
         meter.add(files=1)
         return {"name": name, **entry}

@@ -122,6 +122,8 @@ def read(source: Source, units: Iterable[Unit], broken: Broken) -> Iterator[tupl
     Raises NemoflowError naming file and row when a file cannot be read.
     """
     decoder = msgspec.json.Decoder()
+    if source.format == "megatron":
+        raise NemoflowError(f"{source.origin(0)}: holds the ids of a tokenizer and no text; only blends read it")
     for unit in units:
         number, at = unit[0], 0
         try:
@@ -156,6 +158,8 @@ def texts(source: Source, units: Iterable[Unit], field: str) -> Iterator[Texts]:
     """
     row_type = msgspec.defstruct("Row", [("text", Any, None)], rename={"text": field}, gc=False)
     decoder = msgspec.json.Decoder(row_type)
+    if source.format == "megatron":
+        raise NemoflowError(f"{source.origin(0)}: holds the ids of a tokenizer and no text; only blends read it")
     for unit in units:
         number, at = unit[0], 0
         try:

@@ -36,12 +36,13 @@ import numpy as np
 from blake3 import blake3
 from xxhash import xxh3_64_intdigest
 
+from nemoflow.data import indexed
 from nemoflow.data.encode import ENGINES, Encoder, Sample
 from nemoflow.data.made import Made
 from nemoflow.data.processes import Speed, in_processes
 from nemoflow.data.rows import Broken, Texts, texts
 from nemoflow.data.sources import Source, open_source
-from nemoflow.data.tokenizer import load
+from nemoflow.data.tokenizer import Trained, load
 from nemoflow.errors import NemoflowError
 
 RESUMES = True
@@ -175,8 +176,9 @@ class _Part:
 class _Work:
     """What the shards of a job have in common, and how one is made."""
 
-    def __init__(self, payload: dict, source: Source, encoder: Encoder, dtype: np.dtype, out: Path):
-        self._payload, self._source, self._encoder, self._dtype, self._out = payload, source, encoder, dtype, out
+    def __init__(self, payload: dict, source: Source, encoder: Encoder | None, tokenizer: Trained, out: Path):
+        self._payload, self._source, self._encoder, self._out = payload, source, encoder, out
+        self._tokenizer, self._dtype = tokenizer, id_type(tokenizer.vocab_size)
         self._pool_below = math.ceil(Fraction(payload["pool"]) * 2**64)
 
     def make(self, number: int, count: Callable[[int, int, int], None]) -> None:
@@ -187,47 +189,29 @@ class _Work:
         units = [tuple(unit) for unit in self._payload["shards"][number - self._payload["first"]]]
         stem = self._out / f"{number:05d}"
         parts = _Part(Path(f"{stem}.train"), self._dtype, False), _Part(Path(f"{stem}.pool"), self._dtype, True)
-        sample = Sample()
+        counts = {"rows": 0, "bytes": 0, "control_strings": 0, "by_reference": 0}
         dropped: Counter[str] = Counter()
-        first_dropped = None
+        first_dropped: list = []
         histogram = np.zeros(32, np.int64)
-        rows = size = spelled = by_reference = 0
-        for batch in texts(self._source, units, self._payload["text_field"]):
-            rows += len(batch.texts) + len(batch.dropped)
-            for row, reason in batch.dropped:
-                first_dropped = first_dropped or [batch.file, row, reason]
-                dropped[reason] += 1
-            if not batch.texts:
-                continue
-            encoded = self._encoder.encode(batch.texts)
-            self._check_lengths(encoded.lengths, batch)
-            hashes = np.fromiter(map(xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
-            sample.add(batch.texts, hashes, encoded, lambda i, batch=batch: (batch.file, batch.rows[i]))
-            for part, own in zip(parts, self._divided(encoded.ids, encoded.lengths, hashes), strict=True):
+        batches = self._encoded(units, counts, dropped, first_dropped) if self._encoder else self._read(units, counts)
+        for size, *documents in batches:
+            for part, own in zip(parts, self._divided(*documents), strict=True):
                 part.add(*own)
-            histogram += np.bincount(np.frexp(encoded.lengths)[1] - 1, minlength=32)
-            texts_size = sum(map(len, batch.texts))
-            size += texts_size
-            spelled += len(encoded.spelled)
-            by_reference += len(encoded.by_reference)
-            count(len(batch.texts), texts_size, len(encoded.ids))
-        if self._encoder.engine != "tokenizers" and (place := sample.differing(self._encoder)):
-            raise NemoflowError(
-                f"{self._source.place(*place)}: {self._encoder.engine} gives this document other ids than tokenizers "
-                "does; set tokenizer.engine: tokenizers, and tell the makers"
-            )
+            ids, lengths, _ = documents
+            histogram += np.bincount(np.frexp(lengths)[1] - 1, minlength=32)
+            count(len(lengths), size, len(ids))
         files = [file for part in parts for file in part.finish()]
         _sync(self._out)
         receipt = {
             "shard": number,
-            "rows": rows,
+            "rows": counts["rows"],
             "documents": sum(part.writer.documents for part in parts),
             "tokens": sum(part.writer.tokens for part in parts),
-            "bytes": size,
+            "bytes": counts["bytes"],
             "dropped": dict(sorted(dropped.items())),
-            "first_dropped": first_dropped,
-            "control_strings": spelled,
-            "by_reference": by_reference,
+            "first_dropped": first_dropped or None,
+            "control_strings": counts["control_strings"],
+            "by_reference": counts["by_reference"],
             "lengths": histogram.tolist(),
             **{
                 name: {"documents": part.writer.documents, "tokens": part.writer.tokens}
@@ -238,6 +222,41 @@ class _Work:
         file = HashedFile(_receipt_path(self._out, number))
         file.write((json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode())
         file.finish()
+
+    def _encoded(self, units: list[tuple], counts: dict, dropped: Counter, first_dropped: list) -> Iterator[tuple]:
+        """Batches of tokenized texts: bytes of text, ids, lengths, hashes of the texts. Adds to what is counted."""
+        sample = Sample()
+        for batch in texts(self._source, units, self._payload["text_field"]):
+            counts["rows"] += len(batch.texts) + len(batch.dropped)
+            for row, reason in batch.dropped:
+                first_dropped[:] = first_dropped or [batch.file, row, reason]
+                dropped[reason] += 1
+            if not batch.texts:
+                continue
+            encoded = self._encoder.encode(batch.texts)
+            self._check_lengths(encoded.lengths, batch)
+            hashes = np.fromiter(map(xxh3_64_intdigest, batch.texts), np.uint64, len(batch.texts))
+            sample.add(batch.texts, hashes, encoded, lambda i, batch=batch: (batch.file, batch.rows[i]))
+            size = sum(map(len, batch.texts))
+            counts["bytes"] += size
+            counts["control_strings"] += len(encoded.spelled)
+            counts["by_reference"] += len(encoded.by_reference)
+            yield size, encoded.ids, encoded.lengths, hashes
+        if self._encoder.engine != "tokenizers" and (place := sample.differing(self._encoder)):
+            raise NemoflowError(
+                f"{self._source.place(*place)}: {self._encoder.engine} gives this document other ids than tokenizers "
+                "does; set tokenizer.engine: tokenizers, and tell the makers"
+            )
+
+    def _read(self, units: list[tuple], counts: dict) -> Iterator[tuple]:
+        """The same of documents that others tokenized; bytes are those of their ids."""
+        eod = self._tokenizer.eod if self._payload["append_eod"] else None
+        for (number,) in units:
+            path, origin = self._source.path(number), self._source.origin(number)
+            for documents in indexed.read(path, origin, self._tokenizer.vocab_size, eod):
+                counts["rows"] += len(documents.lengths)
+                counts["bytes"] += documents.ids.nbytes
+                yield documents.ids.nbytes, *documents
 
     def _check_lengths(self, lengths: np.ndarray, batch: Texts) -> None:
         if lengths.max() > _LONGEST:
@@ -345,14 +364,15 @@ def make(
     receipts = {n: found for n in numbers if (found := _receipt(out, n))}
     _remove_all_but(out, receipts.values())
     todo = [n for n in numbers if n not in receipts]
-    dtype = id_type(tokenizer.vocab_size)
     if todo:
         files = {unit[0] for number in todo for unit in payload["shards"][number - payload["first"]]}
         size = sum(source.path(file).stat().st_size for file in files)
-        engine = "tokenizers" if size < _SMALL else (launch or {}).get("engine", ENGINES[0])
-        end = tokenizer.eod if payload["append_eod"] else None
-        encoder = Encoder(tokenizer, engine, payload["control_strings"], end, progress, size > _MUCH)
-        work = _Work(payload, source, encoder, dtype, out)
+        encoder = None
+        if source.format != "megatron":
+            engine = "tokenizers" if size < _SMALL else (launch or {}).get("engine", ENGINES[0])
+            end = tokenizer.eod if payload["append_eod"] else None
+            encoder = Encoder(tokenizer, engine, payload["control_strings"], end, progress, size > _MUCH)
+        work = _Work(payload, source, encoder, tokenizer, out)
         try:
             for n in in_processes(work.make, todo, threads, Speed(progress, len(numbers), len(receipts))):
                 receipts[n] = _receipt(out, n)
@@ -369,7 +389,7 @@ def make(
         contents.append({"name": path.name, "size": len(content), "blake3": blake3(content).hexdigest()})
     measures = {
         "eod": tokenizer.eod,
-        "dtype": dtype.name,
+        "dtype": id_type(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "shards": [receipts[number] for number in numbers],
     }

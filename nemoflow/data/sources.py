@@ -19,15 +19,15 @@ from nemoflow.errors import NemoflowError
 
 RESUMES = True  # a download does; the others begin anew
 
-FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
-"""Formats of raw files."""
+FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "megatron")
+"""Formats of raw files. Of `megatron`, text that others tokenized, each file is a .bin with the .idx beside it."""
 
 Unit = tuple[int] | tuple[int, int, int]
 
 
 def file_name(number: int, format_: str) -> str:
     """Name of a source's file within its artifact: files/00000.jsonl."""
-    return f"files/{number:05d}.{format_}"
+    return f"files/{number:05d}.{'bin' if format_ == 'megatron' else format_}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,12 @@ def open_source(directory: Path) -> Source:
         raise NemoflowError(f"{directory}/sealed.json: cannot be read ({error}); the source is incomplete") from None
     if "generator" in payload:
         return Source(directory, payload, payload["shards"], "jsonl")
-    return Source(directory, payload, len(payload["files"]), payload["format"])
+    return Source(directory, payload, len(readable(payload["files"], payload["format"])), payload["format"])
+
+
+def readable(files: list, format_: str) -> list:
+    """Of a source's files those that are read as such: all, but of Megatron's pairs the .bin, which come first."""
+    return files[::2] if format_ == "megatron" else files
 
 
 def make(payload: dict, inputs: dict, out: Path, progress: Callable[[str], None], threads: int) -> dict | Made:
