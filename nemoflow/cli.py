@@ -157,7 +157,7 @@ def check_sealed(args: argparse.Namespace) -> None:
 
 
 def collect(args: argparse.Namespace) -> None:
-    gc.run(Store(args.store), RECIPES, args.delete, args.json)
+    (gc.run_optimizer if args.optimizer else gc.run)(Store(args.store), RECIPES, args.delete, args.json)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     text = "artifacts and states that no name, recipe or lock reaches; deletes nothing unless told"
     command = commands.add_parser("gc", help=text, description=text)
     command.add_argument("--delete", action="store_true", help="delete them, but for what a job works on")
+    text = "instead the optimizers of finished trainings' last states, which nothing goes on with"
+    command.add_argument("--optimizer", action="store_true", help=text)
     command.add_argument("--json", action="store_true", help="as data")
     command.set_defaults(run=collect)
     command = commands.add_parser("schema", help="write config/*.schema.json from the types")

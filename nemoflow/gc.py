@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemoflow import slurm, stage_lock
+from nemoflow import slurm, stage_lock, strip
 from nemoflow.engines import engine
 from nemoflow.errors import NemoflowError, NotLocked
 from nemoflow.kinds import KINDS, TRAINED
@@ -137,20 +137,12 @@ def delete(found: list[Garbage], store: Store) -> tuple[list[Garbage], list[tupl
 
     Raises Unreachable when jobs may be waiting in Slurm, and it does not answer.
     """
-    queue = slurm.mine() if shutil.which("squeue") else []
+    queue = _queue()
     gone, left = [], []
     for one in found:
-        if job := next((job for job in queue if one.identity in job.comment), None):
-            left.append((one, f"Slurm job {job.id} is for it"))
-            continue
         writer = Writer(one.trajectory / "lock")
-        try:
-            owner = writer.try_to_take()
-        except NemoflowError as error:  # nobody here can tell whether its owner lives
-            left.append((one, str(error)))
-            continue
-        if owner:
-            left.append((one, f"process {owner['processes'][0]['pid']} on {owner['host']} works on it"))
+        if why := _taken(one.identity, writer, queue):
+            left.append((one, why))
             continue
         for part in one.parts():
             _delete(part)
@@ -163,6 +155,96 @@ def delete(found: list[Garbage], store: Store) -> tuple[list[Garbage], list[tupl
         for trash in store.root.glob(f"{pattern}/{TRASH}*"):
             shutil.rmtree(trash)
     return gone, left
+
+
+def _queue() -> list[slurm.Job]:
+    return slurm.mine() if shutil.which("squeue") else []
+
+
+def _taken(identity: str, writer: Writer, queue: list[slurm.Job]) -> str | None:
+    """Who works on a stage, in words; None when nobody does, and the lock has been taken."""
+    if job := next((job for job in queue if identity in job.comment), None):
+        return f"Slurm job {job.id} is for it"
+    try:
+        owner = writer.try_to_take()
+    except NemoflowError as error:  # nobody here can tell whether its owner lives
+        return str(error)
+    return f"process {owner['processes'][0]['pid']} on {owner['host']} works on it" if owner else None
+
+
+def terminal(store: Store, reachable: set[State]) -> list[Garbage]:
+    """The last states of trainings that are reached and finished, whose optimizer nothing goes on with.
+
+    Finished: no recipe of today, and no run so far, asks for a later state. Only of Megatron-Bridge's whole models.
+    """
+    carried, latest = set(), dict[str, int]()
+    for identity, at in reachable:
+        latest[identity] = max(at or 0, latest.get(identity, 0))
+        init = store.load(identity).payload.get("init", {})
+        if init.get("carry", "weights") != "weights":
+            carried.add((init["from"], init["at"]))
+    found = []
+    for identity in sorted(latest):
+        stage = store.load(identity)
+        if not stage.trained or stage.payload["engine"] != "megatron_bridge" or "peft" in stage.payload:
+            continue
+        at = max(engine(stage.payload["engine"]).states(stage.directory / "checkpoints"), default=None)
+        asked = [int(p.name) for p in (stage.directory / "wanted").glob("*") if p.name.isdigit()]
+        if at is None or stage.sealed(at) is None or max([latest[identity], *asked]) > at or (identity, at) in carried:
+            continue
+        found.append(Garbage(stage.state(at), identity, at))
+    return found
+
+
+def strip_optimizers(found: list[Garbage], store: Store) -> tuple[dict[Garbage, int], list[tuple[Garbage, str]]]:
+    """Strip these states; returns the bytes that each has freed, and those that were left with the reason.
+
+    Raises NemoflowError for a damaged checkpoint, and a disk that is too small.
+    """
+    queue = _queue()
+    freed, left = {}, []
+    for one in found:
+        writer = Writer(one.trajectory / "lock")
+        if why := _taken(one.identity, writer, queue):
+            left.append((one, why))
+            continue
+        try:
+            stage = store.load(one.identity)
+            checkpoint = engine(stage.payload["engine"]).states(stage.directory / "checkpoints")[one.at]
+            freed[one] = strip.strip(stage, one.at, checkpoint)
+        finally:
+            writer.release()
+    return freed, left
+
+
+def run_optimizer(store: Store, directories: list[Path], really: bool, as_json: bool) -> None:
+    """List finished trainings whose last state holds an optimizer that nothing goes on with, or strip it."""
+    reachable, unknown = reached(store, directories)
+    found = terminal(store, reachable)
+    sizes = {one: _size((one.directory / "checkpoint").resolve()) for one in found}
+    freed, left = strip_optimizers(found, store) if really else ({}, [])
+    kept = dict(left)
+    if as_json:
+        rows = [
+            {"directory": str(one.directory), "title": title(one), "bytes": sizes[one], "freed": freed.get(one, 0)}
+            | ({"why_not": kept[one]} if one in kept else {})
+            for one in found
+        ]
+        print(json.dumps({"terminal": rows, "recipes_not_locked": unknown}, indent=2, ensure_ascii=False))
+        return
+    for one in found:
+        said = f"; left alone: {kept[one]}" if one in kept else f"; {human(freed[one])} freed" if one in freed else ""
+        print(f"{human(sizes[one]):>10}  {title(one)}  {one.directory}{said}")
+    if unknown:
+        print(f"not locked, so that nothing of them is reached: {', '.join(unknown)}")
+    if not found:
+        print("no finished training has an optimizer left that nothing goes on with")
+    elif really:
+        print(f"freed {human(sum(freed.values()))}")
+    else:
+        print(
+            "most of each is the optimizer; nemoflow gc --optimizer --delete deletes that, and nothing trains on then"
+        )
 
 
 def _delete(path: Path) -> None:

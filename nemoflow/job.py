@@ -27,7 +27,17 @@ from nemoflow.data.made import Made
 from nemoflow.errors import Died, NemoflowError, Unfinished
 from nemoflow.latency import appears
 from nemoflow.launch import HERE, identified
-from nemoflow.store import Stage, Store, dump, file_digest, publish, read_json, remove_stale_temporaries, seal
+from nemoflow.store import (
+    Stage,
+    Store,
+    contents_of,
+    dump,
+    file_digest,
+    publish,
+    read_json,
+    remove_stale_temporaries,
+    seal,
+)
 from nemoflow.store import write_atomically as write
 from nemoflow.writer import Writer, writer
 
@@ -204,7 +214,7 @@ class Job:
             directory = stage.state(at)
             if not self._appears((directory / "sealed.json").exists, directory / "sealed.json"):
                 raise NemoflowError(f"{directory}: is not finished (no sealed.json); run snakemake on the name again")
-            contents = read_json(directory / "sealed.json")["contents"]
+            contents = contents_of(directory, read_json(directory / "sealed.json"))
             if stage.kind == "source" and self.stage.kind == "shards":
                 # A source may have ten thousand files, of which each of its hundred jobs reads a few.
                 own = {unit[0] for shard in self.stage.payload["shards"] for unit in shard}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemoflow.errors import NemoflowError
 from nemoflow.progress import Progress, in_threads
-from nemoflow.store import dump, file_digest, read_json, write_atomically
+from nemoflow.store import contents_of, dump, file_digest, read_json, write_atomically
 
 SCHEMA = 1
 """Version of digests.json's form."""
@@ -25,7 +25,7 @@ def make(directory: Path, say: Callable[[str], None], threads: int = 1) -> Path:
     sealed = directory / "sealed.json"
     if not sealed.exists():
         raise NemoflowError(f"{directory}: is not finished (no sealed.json); there is nothing to make digests of")
-    contents = read_json(sealed)["contents"]
+    contents = contents_of(directory, read_json(sealed))
     meter = Progress(say, len(contents), sum(entry["size"] for entry in contents))
 
     def digest(entry: dict) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import costs, report, slurm, stage_lock, summary
+from nemoflow import costs, report, slurm, stage_lock, strip, summary
 from nemoflow import launch as launching
 from nemoflow import recipe as grammar
 from nemoflow.cluster import Cluster
@@ -340,6 +340,7 @@ class Session:
         if at in complete:
             return f"reached {at}; is sealed, without training"
         reached = max(complete, default=None)
+        strip.check(stage.directory / "checkpoints", reached or 0)
         if reached is None:
             return f"new, iterations {start + 1} to {at}"
         if reached > at:

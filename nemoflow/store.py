@@ -24,6 +24,9 @@ from nemoflow.latency import appears
 SCHEMA = 1
 """Version of artifact.json's form."""
 
+STRIPPED = "stripped.json"
+"""In a checkpoint whose optimizer `nemoflow gc --optimizer` has left out: the files that are there now."""
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the whole new one, also after a crash."""
@@ -62,6 +65,20 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
         from blake3 import blake3  # not needed by the main process
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake3 if algorithm == "blake3" else algorithm).hexdigest()
+
+
+def contents_of(directory: Path, record: dict) -> list[dict]:
+    """The files that an artifact or state consists of: as sealed, or of one that was stripped those that are left.
+
+    Raises NemoflowError where what was stripped is of another seal.
+    """
+    path = directory / "checkpoint" / STRIPPED
+    if not path.exists():
+        return record["contents"]
+    found = read_json(path)
+    if found.get("sealed") != hashlib.sha256(dump(record).encode()).hexdigest():
+        raise NemoflowError(f"{path}: is of another sealed.json than {directory}'s; restore one of the two")
+    return found["contents"]
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from nemoflow import hang, kinds, launch, slurm
+from nemoflow import hang, kinds, launch, slurm, strip
 from nemoflow.engines import engine
 from nemoflow.errors import UNFINISHED_PREFIX, Died, NemoflowError, Unfinished
 from nemoflow.job import Job
 from nemoflow.progress import human, seconds
-from nemoflow.store import dump, seal
+from nemoflow.store import STRIPPED, dump, seal
 from nemoflow.store import write_atomically as write
 
 POLL_SECONDS = 0.2
@@ -230,6 +230,13 @@ class Trajectory:
         if at in complete:
             return
         reached = max(complete, default=self.start)
+        strip.check(self.checkpoints, reached)
+        init = job.input("init")
+        if init and self.payload["init"]["carry"] != "weights" and (init / "checkpoint" / STRIPPED).exists():
+            raise NemoflowError(
+                f"{init}: its optimizer was deleted by `nemoflow gc --optimizer`; write carry: weights, or train it "
+                "anew by raising its `version:`"
+            )
         if reached > at:
             kept = sorted(n for n in complete if n > self.start)
             raise NemoflowError(

@@ -19,7 +19,7 @@ from nemoflow.lineage import CLOSURE, RECORDS, Artifact, address, checked, closu
 from nemoflow.progress import Progress, human, in_threads
 from nemoflow.seal import SCHEMA
 from nemoflow.session import Session
-from nemoflow.store import dump, file_digest, read_json
+from nemoflow.store import contents_of, dump, file_digest, read_json
 
 ALGORITHMS = ("sha256", "blake3")
 
@@ -211,9 +211,14 @@ def _file(directory: Path) -> Path | None:
 
 def _files(artifact: Checked, record: dict, deep: bool) -> list[dict]:
     """Check the sizes of an artifact's files; returns those that are there in full, with the digests known."""
-    digests = _digests(artifact, record["contents"])
+    try:
+        contents = contents_of(artifact.directory, record)
+    except NemoflowError as error:
+        artifact.problems.append(str(error))
+        return []
+    digests = _digests(artifact, contents)
     there = []
-    for entry in record["contents"]:
+    for entry in contents:
         path = artifact.directory / entry["name"]
         size = path.stat().st_size if path.exists() else None
         if size != entry["size"]:

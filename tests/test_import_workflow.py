@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from graph import Work
 from hf_models import random_model, small_tokenizer
 from hub_server import Hub
 
-from nemoflow import export
+from nemoflow import export, gc
+from nemoflow.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -96,3 +98,39 @@ def test_from_a_published_model_to_an_export(published, tmp_path, monkeypatch):
     (files,) = (work.path / "artifacts/source").glob(f"base-{source}")
     assert (files / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
     assert work.planned("hf_export/demo") == {}
+    without_the_optimizer(work, monkeypatch)
+
+
+def without_the_optimizer(work: Work, monkeypatch) -> None:
+    """The SFT's last state weighs a third, and is exported to the same bytes; it cannot be trained on."""
+    mean = tensors(work.path / "hf_export/demo@mean")
+    (listed,) = json.loads(work.nemoflow("gc", "--optimizer", "--json", check=True).stdout)["terminal"]
+    assert listed["title"] == "sft of demo to 6"
+    with monkeypatch.context() as here:
+        here.chdir(work.path)
+        here.setattr(gc.slurm, "mine", list)  # this machine may have squeue, and no cluster
+        gc.run_optimizer(Store("artifacts"), [Path("config/recipes")], really=True, as_json=False)
+    work.run("sft/demo")
+    state = (work.path / "sft/demo").resolve()
+    left = sum(p.stat().st_size for p in (state / "checkpoint/").iterdir())
+    assert left < 0.4 * listed["bytes"]
+    assert json.loads(work.nemoflow("gc", "--optimizer", "--json", check=True).stdout)["terminal"] == []
+    checked = work.nemoflow("verify", "--deep", "sft/demo")
+    assert checked.returncode == 0, checked.stderr
+    before = tensors(work.path / "hf_export/demo")
+    for kind in ("average", "hf_export"):
+        shutil.rmtree(work.path / "artifacts" / kind)
+    work.run("hf_export/demo", "hf_export/demo@mean")
+    assert all(tensor.equal(before[name]) for name, tensor in tensors(work.path / "hf_export/demo").items())
+    assert all(tensor.equal(mean[name]) for name, tensor in tensors(work.path / "hf_export/demo@mean").items())
+    text = work.recipe().read_text()
+    work.recipe().write_text(text.replace("lr_decay_iters: 6", "lr_decay_iters: 8").replace("until: 6", "until: 5"))
+    work.run("sft/demo")  # another schedule is another training
+    work.recipe().write_text(text.replace("until: 6", "until: 5"))
+    assert "the optimizer of state 6 was deleted by `nemoflow gc --optimizer`" in work.refused("-n", "sft/demo")
+    weights = next((state / "checkpoint").resolve().glob("*.distcp"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"X")
+    work.recipe().write_text(text)
+    checked = work.nemoflow("verify", "--deep", "sft/demo")
+    assert checked.returncode == 1
+    assert f"{weights.name}: has other bytes than it was sealed with" in checked.stderr
