@@ -7,6 +7,13 @@ them minutes after a job began, and of batches that would silently be something 
 import re
 from typing import Any
 
+EXPORTABLE = {
+    "policy.dtensor_cfg._v2": True,
+    "checkpointing.model_save_format": "safetensors",
+    "checkpointing.save_consolidated": True,
+}
+"""What a policy on DTensor is saved with, so that its states can be exported: whole models that transformers reads."""
+
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -49,6 +56,10 @@ def check(algorithm: str, below: dict, own: dict, resources: dict, gym: bool) ->
         line += _generation(get, each, world if colocated else generating, problems)
         _batches(get, "distillation" if algorithm == "distillation" else "grpo", problems)
         _lengths(get, problems)
+    if algorithm != "rm" and get("policy.dtensor_cfg.enabled", False):
+        for key, value in EXPORTABLE.items():
+            if own.get(key, value) != value:
+                problems.append(f"{key}: {own[key]!r}: with DTensor it must be {value!r}, or no state can be exported")
     if gym:
         for key in ("async_engine", "expose_http_server"):
             if own.get(f"policy.generation.vllm_cfg.{key}") is False:

@@ -6,8 +6,9 @@ follows from the stage: model, data, environments, steps, directories, nodes.
 
 from pathlib import Path
 
-from nemoflow.engines.nemo_rl import releases
+from nemoflow.engines.nemo_rl import keys, releases
 from nemoflow.engines.nemo_rl.checkpoints import MEGATRON
+from nemoflow.engines.nemo_rl.geometry import EXPORTABLE
 from nemoflow.errors import NemoflowError
 
 FOREVER = 1_000_000
@@ -68,12 +69,22 @@ def render(request: dict, release: str, home: Path, stop: int, now: float) -> di
         "save_period": min(request["save_interval"], stop),
         "checkpoint_must_save_by": saved_by(request["deadline"], now),
     }
+    if algorithm != "rm" and _dtensor(made, keys.table(release)["defaults"][example]):
+        # Its second worker can write whole models, which it does not by default; the first one cannot
+        for key, value in EXPORTABLE.items():
+            if _get(made, key) is None:
+                _set(made, key, value)
     _set(made, "logger.log_dir", str(Path(request["scratch"]) / "logs"))
     _set(made, "logger.tensorboard_enabled", True)
     # Fewer where some nodes are for a model that judges
     _set(made, "cluster.num_nodes", given.get("cluster.num_nodes", request["resources"]["nodes"]))
     _set(made, "cluster.gpus_per_node", request["resources"]["gpus_per_node"])
     return {"defaults": str(home / example), **made}
+
+
+def _dtensor(made: dict, below: dict) -> bool:
+    own = _get(made, "policy.dtensor_cfg.enabled")
+    return bool(below.get("policy.dtensor_cfg.enabled") if own is None else own)
 
 
 def from_megatron(request: dict, release: str, settings: dict) -> Path | None:
