@@ -134,7 +134,8 @@ def show(args: argparse.Namespace) -> None:
 
 def graph(args: argparse.Namespace) -> None:
     nodes = lineage_graph.asked(args.name, Session(args.store, RECIPES))
-    lineage_graph.write(nodes, ", ".join(args.name), args.output, args.mermaid)
+    form = lineage_graph.mermaid if args.mermaid else lineage_graph.described if args.json else None
+    lineage_graph.write(nodes, ", ".join(args.name), args.output, form)
 
 
 def show_plan(args: argparse.Namespace) -> None:
@@ -145,7 +146,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def trace(args: argparse.Namespace) -> None:
-    lineage_trace.run(args.name, Session(args.store, RECIPES), args.files, args.json)
+    lineage_trace.run(args.name, Session(args.store, RECIPES), args.files, args.json, args.all)
 
 
 def diff(args: argparse.Namespace) -> None:
@@ -204,7 +205,9 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--reproduce", action="store_true", help=text)
         if function is graph:
             command.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (lineage.html)")
-            command.add_argument("--mermaid", action="store_true", help="the flowchart; on the screen without -o")
+            form = command.add_mutually_exclusive_group()
+            form.add_argument("--mermaid", action="store_true", help="the flowchart; on the screen without -o")
+            form.add_argument("--json", action="store_true", help="as data; on the screen without -o")
     text = "what snakemake would run for names: anew or resumed, on what, for how many GPU-hours; runs nothing"
     command = commands.add_parser("plan", help=text, description=text)
     command.add_argument("name", nargs="+")
@@ -215,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("trace", help=text, description=text)
     command.add_argument("name", nargs="+", help="a name, or a directory: an artifact's, or a copy of it")
     command.add_argument("--files", action="store_true", help="list every raw file with its digest")
+    command.add_argument("--all", action="store_true", help="a line for each of the shards of a source, too")
     command.add_argument("--json", action="store_true", help="as data, with all records and files")
     command.set_defaults(run=trace)
     text = "in what two artifacts, or two recipes, differ: deepest cause first"

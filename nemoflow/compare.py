@@ -16,7 +16,7 @@ Key = tuple[str, int | None]
 
 @dataclass
 class Side:
-    """An artifact, finished or planned. inputs: (role, key) in order."""
+    """An artifact, finished or planned. inputs: (role, key) in order. label: of its address, without the identity."""
 
     key: Key
     title: str
@@ -24,6 +24,7 @@ class Side:
     inputs: list[tuple[str, Key]]
     measures: dict = field(default_factory=dict)
     code: list[str] = field(default_factory=list)
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Walk:
             elif a.key != b.key and (a.key, b.key) not in self._seen:
                 self._seen.add((a.key, b.key))
                 stack.append((a, b, title, True))
-                stack += [(self.look(x), self.look(y), "", False) for _, x, y in reversed(_pairs(a, b)) if x and y]
+                stack += [(self.look(x), self.look(y), "", False) for _, x, y in reversed(self._pairs(a, b)) if x and y]
 
     def _own(self, a: Side, b: Side, title: str) -> None:
-        for role, x, y in _pairs(a, b):
+        for role, x, y in self._pairs(a, b):
             if x is None or y is None:
                 left, right = (self.look(key).title if key else None for key in (x, y))
                 self.differences.append(Difference(title, role, left, right))
@@ -73,19 +74,41 @@ class Walk:
 
     def _values(self, title: str, a: dict, b: dict, prefix: str) -> None:
         for key in dict.fromkeys([*a, *b]):
-            if a.get(key) != b.get(key):
-                self.differences.append(Difference(title, prefix + key, a.get(key), b.get(key)))
+            one, two = a.get(key), b.get(key)
+            if one != two:
+                self.differences += [
+                    Difference(title, f"{prefix}{key}{place}", x, y) for place, x, y in _parts(one, two)
+                ]
+
+    def _pairs(self, a: Side, b: Side) -> list[tuple[str, Key | None, Key | None]]:
+        """The inputs that only one of the two has, paired by role: those of one label in order, then what is left in
+        order; None for what has no counterpart."""
+        common = set(a.inputs) & set(b.inputs)
+        found = []
+        for role in dict.fromkeys(role for role, _ in (*a.inputs, *b.inputs)):
+            one, two = ([key for r, key in side.inputs if r == role and (r, key) not in common] for side in (a, b))
+            alike: dict[str, list[Key]] = {}
+            for key in two:
+                alike.setdefault(self.look(key).label, []).append(key)
+            pairs = {key: same.pop(0) for key in one if (same := alike.get(self.look(key).label))}
+            taken = set(pairs.values())
+            left = iter([key for key in two if key not in taken])
+            found += [(role, key, pairs.get(key) or next(left, None)) for key in one]
+            found += [(role, None, key) for key in left]
+        return found
 
 
-def _pairs(a: Side, b: Side) -> list[tuple[str, Key | None, Key | None]]:
-    """The inputs that only one of the two has, paired by role in order; None for what has no counterpart."""
-    common = set(a.inputs) & set(b.inputs)
+def _parts(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    """Where two values differ: of two lists of one length the entries, and the keys of these; else the whole."""
+    if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b)):
+        return [("", a, b)]
     found = []
-    for role in dict.fromkeys(role for role, _ in (*a.inputs, *b.inputs)):
-        one, two = ([key for r, key in side.inputs if r == role and (r, key) not in common] for side in (a, b))
-        length = max(len(one), len(two))
-        padded = ([*side, *[None] * (length - len(side))] for side in (one, two))
-        found += [(role, *pair) for pair in zip(*padded, strict=True)]
+    for number, (one, two) in enumerate(zip(a, b, strict=True)):
+        if isinstance(one, dict) and isinstance(two, dict):
+            keys = [key for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)]
+            found += [(f"[{number}].{key}", one.get(key), two.get(key)) for key in keys]
+        elif one != two:
+            found.append((f"[{number}]", one, two))
     return found
 
 

@@ -80,7 +80,7 @@ def check(recipe: Recipe) -> None:
             stage = recipe.store.load(identity)
             label, payload = stage.label, _condensed(stage.payload)
         inputs = [(ref.role, (ref.identity, ref.at)) for ref in kinds.inputs(payload)]
-        return Side(key, f"{payload['kind']} {label}", payload, inputs)
+        return Side(key, f"{payload['kind']} {label}", payload, inputs, label=label)
 
     for name, chain in stages.items():
         if today.get(name) == chain:

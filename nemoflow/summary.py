@@ -1,5 +1,7 @@
 """What a sealed artifact measured, and what its training took, in a few words for people."""
 
+from nemoflow.errors import NemoflowError
+
 
 def _measures(record: dict) -> dict:
     """An artifact's measures; of shards, which are measured one by one, their sums."""
@@ -44,9 +46,14 @@ def result(record: dict) -> str:
 
 
 def line(record: dict) -> str:
-    """Both in one line."""
-    count = tokens(record)
-    return ", ".join(part for part in (f"{count:,} tokens" if count is not None else "", result(record)) if part)
+    """Both in one line. Raises NemoflowError for measures that are not as artifacts of this kind have them."""
+    try:
+        count = tokens(record)
+        return ", ".join(part for part in (f"{count:,} tokens" if count is not None else "", result(record)) if part)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        place = f"{record['kind']}/{record['label']}-{record['identity']}"
+        wrong = f"{place}: its record is damaged: measures are not what they should be; restore it"
+        raise NemoflowError(wrong) from None
 
 
 def hardware(attempts: list[dict]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemoflow.canonical import identity
 from nemoflow.compare import Key
 from nemoflow.errors import NemoflowError
 from nemoflow.store import SCHEMA, read_json
@@ -32,6 +33,9 @@ _SHAPE: dict[str, type | tuple[type, ...]] = {
     "contents": list,
     "measures": dict,
 }
+_BESIDE: dict[str, tuple[type, type | None]] = {"attempts": (list, dict), "cluster": (dict, None), "title": (str, None)}
+"""In run.json and launch.json what is read here, where it is there: its type, and that of its entries."""
+
 _PART = re.compile(r"[A-Za-z0-9._-]*[A-Za-z0-9-][A-Za-z0-9._-]*")
 """What a part of an address may be: no way out of the store."""
 
@@ -74,7 +78,12 @@ class Artifact:
     def beside(self, name: str) -> dict:
         """run.json or launch.json; empty where it is not kept."""
         path = self.own and self.own / name
-        return read_json(path) if path and path.exists() else {}
+        found = read_json(path) if path and path.exists() else {}
+        for key, (form, each) in _BESIDE.items():
+            value = found.get(key, form())
+            if not isinstance(value, form) or (each and not all(isinstance(one, each) for one in value)):
+                raise NemoflowError(f"{path}: damaged: {key} is not what it should be; restore it, or delete the file")
+        return found
 
 
 @dataclass
@@ -124,14 +133,14 @@ def read(directory: Path) -> dict | None:
     if len(set(texts.values())) > 1:
         first = directory / RECORDS[0]
         raise NemoflowError(f"{first}: differs from sealed.json beside it; delete it if sealed.json is right")
-    return record
+    return _own(record, directory / name)
 
 
 def checked(text: bytes | Any, where: Path | str) -> dict:
     """A record that has the form it should have. `text`: JSON, or what is in it."""
     try:
         record = json.loads(text) if isinstance(text, bytes) else text
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NemoflowError(f"{where}: damaged: {error}; restore it") from None
     if not isinstance(record, dict):
         raise NemoflowError(f"{where}: damaged: no JSON object; restore it")
@@ -148,12 +157,31 @@ def checked(text: bytes | Any, where: Path | str) -> dict:
                 wrong = f"inputs[{number - 1}]" if number else "at"
             elif not all(_PART.fullmatch(entry[key]) for key in ("kind", "label", "identity")):
                 wrong = f"inputs[{number - 1}]" if number else "its address"
-    if wrong is None and not all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in record["contents"]):
+    if wrong is None and not all(map(_is_file, record["contents"])):
         wrong = "contents"
     if wrong is None and record["payload"].get("kind") != record["kind"]:
         wrong = "payload.kind"
     if wrong:
         raise NemoflowError(f"{where}: damaged: {wrong} is missing or not what it should be; restore it")
+    return record
+
+
+def _is_file(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    return isinstance(entry.get("size"), int) and all(isinstance(entry.get(a, ""), str) for a in ("sha256", "blake3"))
+
+
+def _own(record: dict, where: Path | str) -> dict:
+    """A record whose payload has the identity that it says. Raises NemoflowError."""
+    try:
+        said = identity(record["payload"])
+    except NemoflowError as error:
+        said = str(error)
+    if said != record["identity"]:
+        raise NemoflowError(
+            f"{where}: damaged: is said to be {record['identity']}, but its payload has the identity {said}; restore it"
+        )
     return record
 
 
@@ -165,7 +193,8 @@ def closure(directory: Path) -> dict[Key, Artifact]:
     entries = read_json(path).get("artifacts")
     if not isinstance(entries, list):
         raise NemoflowError(f"{path}: damaged: artifacts is missing; restore it")
-    found = (Artifact(checked(e, f"{path}: artifacts[{n}]"), None) for n, e in enumerate(entries))
+    places = (f"{path}: artifacts[{number}]" for number in range(len(entries)))
+    found = (Artifact(_own(checked(e, place), place), None) for e, place in zip(entries, places, strict=True))
     return {artifact.key: artifact for artifact in found}
 
 

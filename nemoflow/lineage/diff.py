@@ -56,9 +56,11 @@ def between(a: Path, b: Path) -> list[Difference]:
         roots.append(lineage.roots[0])
         for key, one in lineage.artifacts.items():
             code = made_with(one).get("code", [])
-            sides[key] = Side(key, one.address, one.record["payload"], list(one.inputs()), one.record["measures"], code)
+            record = one.record
+            inputs = list(one.inputs())
+            sides[key] = Side(key, one.address, record["payload"], inputs, record["measures"], code, record["label"])
         for key, (entry, _) in lineage.missing.items():
-            sides.setdefault(key, Side(key, address(entry), {"kind": entry["kind"]}, []))
+            sides.setdefault(key, Side(key, address(entry), {"kind": entry["kind"]}, [], label=entry["label"]))
     pair = [sides[key] for key in roots]
     if pair[0].payload["kind"] != pair[1].payload["kind"]:
         raise NemoflowError(f"{a} is of kind {pair[0].payload['kind']} and {b} of kind {pair[1].payload['kind']}")
@@ -73,7 +75,8 @@ def between_recipes(a: Recipe, b: Recipe) -> list[Difference]:
     def look(key: Key) -> Side:
         stage = a.store.load(key[0])
         inputs = [(ref.role, (ref.identity, ref.at)) for ref in kinds.inputs(stage.payload)]
-        return Side(key, f"{stage.kind} {stage.label}", stage.payload, inputs)
+        title = f"{stage.kind} {stage.label}"
+        return Side(key, title, stage.payload, inputs, label=title)
 
     walk = Walk(look)
     ends: list[dict[str, list[tuple[Key, int | None]]]] = []

@@ -6,6 +6,7 @@ that a click shows is inside the page, and so are the libraries that draw it (pa
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -137,17 +138,37 @@ def asked(names: list[str], session: "Session") -> list[Node]:
     return list(nodes.values())
 
 
-def write(nodes: list[Node], title: str, out: Path | None, chart: bool) -> None:
-    """Print or write what `nemoflow graph` was asked for: the page, or with `chart` the mermaid flowchart."""
-    if out is None and chart:
-        print(mermaid(nodes))
+def write(nodes: list[Node], title: str, out: Path | None, form: Callable[[list[Node]], str] | None) -> None:
+    """Print or write what `nemoflow graph` was asked for: the page, or with a `form` (mermaid, described) that."""
+    if out is None and form:
+        print(form(nodes))
         return
     out = out or Path("lineage.html")
     try:
-        write_atomically(out, mermaid(nodes) + "\n" if chart else page(nodes, title))
+        write_atomically(out, form(nodes) + "\n" if form else page(nodes, title))
     except OSError as error:
         raise NemoflowError(f"{out}: cannot be written: {error.strerror}") from None
     print(f"wrote {out}: {len(nodes):,} artifacts")
+
+
+def described(nodes: list[Node]) -> str:
+    """The artifacts as JSON, inputs before what consumes them: title, state, place and inputs, by their keys."""
+    boxes, titles = _boxes(nodes)
+    rows = [
+        {
+            "key": node.key,
+            "title": _title(node),
+            "kind": node.kind,
+            "label": node.label,
+            "at": node.at,
+            "state": _state(node),
+            "stage": titles[boxes[node.key]],
+            "directory": str(node.directory),
+            "inputs": [{"role": role, "key": name} for role, name in node.inputs],
+        }
+        for node in nodes
+    ]
+    return json.dumps({"artifacts": rows}, indent=2, ensure_ascii=False)
 
 
 def page(nodes: list[Node], title: str) -> str:

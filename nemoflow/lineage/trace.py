@@ -1,20 +1,25 @@
 """`nemoflow trace NAME...`: what artifacts were made from, as a tree down to raw files, from their records alone."""
 
 import json
+from collections.abc import Iterator
 
 from nemoflow import summary
 from nemoflow.lineage import Artifact, Key, Lineage, address, found, load
 from nemoflow.progress import human
 from nemoflow.session import Session
 
+GROUP = 5
+"""Alike inputs of one artifact from this many on are told in one line."""
 
-def run(names: list[str], session: Session, files: bool, as_json: bool) -> None:
-    """Print the lineage of the names; `files` lists every raw file. What is missing is said, and is no error.
+
+def run(names: list[str], session: Session, files: bool, as_json: bool, each: bool = False) -> None:
+    """Print the lineage of the names; `files` lists every raw file, `each` every artifact. What is missing is said, and
+    is no error.
 
     Raises NemoflowError for names that are none, unfinished artifacts, and damaged records.
     """
     lineage = load(*(directory for name in names for directory in found(name, session)))
-    print(json.dumps(described(lineage), indent=2, ensure_ascii=False) if as_json else tree(lineage, files))
+    print(json.dumps(described(lineage), indent=2, ensure_ascii=False) if as_json else tree(lineage, files, each))
 
 
 def described(lineage: Lineage) -> dict:
@@ -35,14 +40,23 @@ def described(lineage: Lineage) -> dict:
     }
 
 
-def tree(lineage: Lineage, files: bool = False) -> str:
-    """The lineage for people: each artifact above what it was made from, in full where it stands first."""
+def tree(lineage: Lineage, files: bool = False, each: bool = False) -> str:
+    """The lineage for people: each artifact above what it was made from, in full where it stands first.
+
+    Shards of one source, and other inputs that differ only in their part of it, are one line unless `each` is told.
+    """
     lines: list[str] = []
     seen: set[Key] = set()
-    stack: list[tuple[int, str, Key]] = [(0, "", key) for key in reversed(lineage.roots)]
+    stack: list[tuple[int, str, list[Key]]] = [(0, "", [key]) for key in reversed(lineage.roots)]
     while stack:
-        depth, role, key = stack.pop()
+        depth, role, (key, *others) = stack.pop()
         indent, said = "  " * depth, f"{role}: " if role else ""
+        if others:
+            lines.append(f"{indent}{said}{_alike_text(lineage, [key, *others])}")
+            seen |= {key, *others}
+            inputs = reversed(list(lineage.artifacts[key].inputs()))
+            stack += [(depth + 1, role, [upstream]) for role, upstream in inputs]
+            continue
         artifact = lineage.artifacts.get(key)
         if artifact is None:
             lines.append(f"{indent}{said}{address(lineage.missing[key][0])}: missing")
@@ -55,8 +69,36 @@ def tree(lineage: Lineage, files: bool = False) -> str:
         lines.append(f"{indent}{said}{artifact.address}" + (f": {told}" if told else ""))
         if files:
             lines += [f"{indent}  {_file_text(file)}" for file in raw_files(artifact)]
-        stack += [(depth + 1, role, upstream) for role, upstream in reversed(list(artifact.inputs()))]
+        alone = ((role, [upstream]) for role, upstream in artifact.inputs())
+        below = list(alone if each else _alike(artifact, lineage, seen))
+        stack += [(depth + 1, role, keys) for role, keys in reversed(below)]
     return "\n".join([*lines, *lineage.gaps()])
+
+
+def _alike(artifact: Artifact, lineage: Lineage, seen: set[Key]) -> Iterator[tuple[str, list[Key]]]:
+    """(role, artifacts) of an artifact's inputs: together those of one role and kind made from the same ones."""
+    groups: dict[tuple, list[Key]] = {}
+    for role, key in artifact.inputs():
+        upstream = lineage.artifacts.get(key)
+        if upstream is None or key in seen or not upstream.record["inputs"]:
+            groups[role, key] = [key]
+        else:
+            groups.setdefault((role, upstream.kind, *upstream.inputs()), []).append(key)
+    for (role, *_), keys in groups.items():
+        yield from [(role, keys)] if len(keys) >= GROUP else [(role, [key]) for key in keys]
+
+
+def _alike_text(lineage: Lineage, keys: list[Key]) -> str:
+    """Such as: 1,204 shards of source/web-en-0123456789ab, 5,000,000 tokens; of the first input, else of the label."""
+    members = [lineage.artifacts[key] for key in keys]
+    first = members[0]
+    of = next((lineage.artifacts[key].address for _, key in first.inputs() if key in lineage.artifacts), None)
+    said = {summary.line(one.record) for one in members}
+    counts = [count for one in members if (count := summary.tokens(one.record)) is not None]
+    # Where nothing is counted, what they say if they all say the same
+    told = [f"{sum(counts):,} tokens"] if counts else sorted(filter(None, said)) if len(said) == 1 else []
+    told += dict.fromkeys(filter(None, map(_made_text, members)))
+    return ", ".join([f"{len(members):,} {first.kind} of {of or first.record['label']}", *told])
 
 
 def origin(artifact: Artifact) -> dict:
