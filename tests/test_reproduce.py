@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from graph import BASE, CHECKOUT, Work
 
+from nemoflow.training import metrics
+
 GENERATED = """\
 tokenizer: {train_on: [topics], vocab_size: 300}
 sources:
@@ -63,6 +65,18 @@ def show(work: Work, *arguments: str) -> str:
     return work.nemoflow("show", *arguments, check=True).stdout
 
 
+def follow(commands: str, path: Path) -> subprocess.CompletedProcess:
+    """Run what `--reproduce` printed, in this environment rather than a new one."""
+    own = commands.replace("make install", f"ln -s {BASE / '.venv'} .venv").replace(
+        ".venv/bin/snakemake", f"{sys.executable} -m snakemake"
+    )
+    own = own.replace(".venv/bin/nemoflow", f"{sys.executable} -c 'from nemoflow.cli import main; main()'")
+    environment = os.environ | {"PYTHONPATH": f"{BASE / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(["bash", "-ec", own], cwd=path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 @pytest.mark.slow
 def test_what_an_artifact_is(made: Work):
     said = show(made, "sft/own")
@@ -96,13 +110,7 @@ def test_its_commands_make_the_same_bytes(made: Work, tmp_path):
     assert "\nmake install\n" in commands
     assert commands.startswith("# sft/own is sft/toy-")
     assert "changes" not in commands
-    own = commands.replace("make install", f"ln -s {BASE / '.venv'} .venv").replace(
-        ".venv/bin/snakemake", f"{sys.executable} -m snakemake"
-    )
-    own = own.replace(".venv/bin/nemoflow", f"{sys.executable} -c 'from nemoflow.cli import main; main()'")
-    environment = os.environ | {"PYTHONPATH": f"{BASE / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(["bash", "-ec", own], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = follow(commands, tmp_path)
     again = tmp_path / "reproduced"
     before = {p.relative_to(made.path): p.read_bytes() for p in made.path.glob("artifacts/**/artifact.json")}
     after = {p.relative_to(again): p.read_bytes() for p in again.glob("artifacts/**/artifact.json")}
@@ -111,6 +119,38 @@ def test_its_commands_make_the_same_bytes(made: Work, tmp_path):
     (one,), (two,) = (list(p.glob("artifacts/sft/*/metrics.jsonl")) for p in (made.path, again))
     assert one.read_text() == two.read_text()
     assert "artifact" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nano3_tiny_once_more(made: Work, tmp_path):
+    """Its data has the same digests, and the first iterations of its pretraining the same losses, digit by digit."""
+    work = Work(tmp_path / "work", made.checkout)
+    shutil.copytree(BASE / "config", work.path / "config")
+    few = "extends: nano3-tiny\nstages:\n  - {name: phase1, until: 3}\n"
+    work.recipe("few").write_text(few)
+    name = "pretrain/few@phase1"
+    work.run(name)
+    follow(show(work, name, "--reproduce"), tmp_path)
+    again = tmp_path / "reproduced"
+    before, after = (
+        {p.relative_to(path): json.loads(p.read_text()) for p in path.glob("artifacts/**/artifact.json")}
+        for path in (work.path, again)
+    )
+    data = {path for path, record in before.items() if record["kind"] != "pretrain"}
+    assert {before[path]["kind"] for path in data} == {"source", "tokenizer", "shards", "merge", "blend", "index"}
+    assert all(entry.keys() & {"sha256", "blake3"} for path in data for entry in before[path]["contents"])
+    assert {path: after[path] for path in data} == {path: before[path] for path in data}
+    losses = []
+    for path in (work.path, again):
+        (file,) = path.glob("artifacts/pretrain/*/metrics.jsonl")
+        found = metrics(file)
+        losses.append({n: {k: found[n].get(k) for k in ("loss", "valid_loss", "grad_norm")} for n in found})
+    assert losses[0] == losses[1]
+    assert sorted(losses[0]) == [0, 1, 2, 3]
+    assert all(losses[0][n]["loss"] for n in (1, 2, 3))
+    (state,) = (path for path, record in before.items() if record["kind"] == "pretrain")
+    assert after[state]["measures"] == before[state]["measures"]
 
 
 @pytest.mark.slow

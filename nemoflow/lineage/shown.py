@@ -11,6 +11,7 @@ from nemoflow.launch import CHECKOUT
 from nemoflow.lineage import Artifact, address, found, load
 from nemoflow.lineage.trace import made_with, origin
 from nemoflow.progress import human
+from nemoflow.recipe import chain
 from nemoflow.session import Session
 
 LONG = 100
@@ -104,7 +105,8 @@ def reproduce(name: str, session: Session) -> str:
     clusters = [a.beside("launch.json").get("cluster", {}) for a in lineage.artifacts.values()]
     on_slurm = any(cluster.get("launcher") == "slurm" for cluster in clusters)
     (recipe,) = session.recipes.values()
-    own = [recipe.file, recipe.file.with_name(f"{recipe.name}.lock.json")]
+    files = chain(recipe.name, session.directories)
+    own = [file for path in files for file in (path, path.with_name(f"{path.stem}.lock.json"))]
     here = [a.address for a in lineage.artifacts.values() if "files" in a.record["payload"] and not origin(a)]
     copied = [str(p.absolute()) for p in own if p.exists()]
     lines = [
