@@ -151,7 +151,7 @@ class Work:
     def snakemake(self, *args: str) -> subprocess.CompletedProcess:
         """snakemake with these arguments; stdout and stderr in one text."""
         return subprocess.run(
-            **self._command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+            **self._command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
         )
 
     def run(self, *targets: str) -> str:
